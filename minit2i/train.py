@@ -1,0 +1,457 @@
+"""What both training scripts share: flags, processes, precision, averaged weights, checkpoints, log.
+
+A run is a folder.  `config.json` and `model.safetensors` are the model, ready to use;
+`state/resume.safetensors` is what only resuming needs.  Every file appears whole or not at all, and
+none of them can run code when read.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensors_to_bytes
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; each script has defaults of its own for some of these."""
+
+    out: Annotated[str, "folder of this run"]
+    resume: Annotated[bool, "continue the run in --out (or start it, if there is none yet)"] = False
+    steps: Annotated[int, "optimizer steps"] = 5000
+    batch_size: Annotated[int, "pictures per step, over all processes and accumulation parts"] = 32
+    accum: Annotated[int, "parts that each process makes of its share of a batch"] = 1
+    lr: Annotated[float, "peak learning rate"] = 3e-4
+    min_lr: Annotated[float, "learning rate at the end of the cosine, as a fraction of the peak"] = 0.05
+    warmup: Annotated[int, "steps of linear warm-up"] = 200
+    weight_decay: Annotated[float, "AdamW weight decay, on matrices only"] = 0.01
+    beta1: Annotated[float, "AdamW"] = 0.9
+    beta2: Annotated[float, "AdamW"] = 0.95
+    clip: Annotated[float, "largest gradient norm; 0: no clipping"] = 1.0
+    ema: Annotated[float, "decay of the averaged weights, which are the ones saved; 0: none"] = 0.0
+    precision: Annotated[str, "auto picks what the device does well", ("auto", "fp32", "bf16", "fp16")] = "auto"
+    compile: Annotated[bool, "torch.compile the model"] = False
+    device: Annotated[str, "auto, cpu, cuda, mps"] = "auto"
+    seed: Annotated[int, "seed of everything random"] = 0
+    log_every: Annotated[int, "steps between lines of log.jsonl"] = 10
+    eval_every: Annotated[int, "steps between evaluations, each with pictures and a curve"] = 500
+    eval_size: Annotated[int, "validation pictures used"] = 256
+    save_every: Annotated[int, "steps between checkpoints"] = 500
+
+
+# --- flags from dataclasses ------------------------------------------------------------------------------
+
+
+def add_flags(parser, config):
+    """A flag for every field of a config dataclass whose fields are Annotated[type, help, choices]."""
+    group = parser.add_argument_group(f"{config.__name__}: {config.__doc__.splitlines()[0]}")
+    for f in fields(config):
+        hint = get_type_hints(config, include_extras=True)[f.name]
+        kind, (text, *choices) = hint.__origin__, hint.__metadata__
+        required = f.default is f.default_factory  # both MISSING
+        kw = dict(help=text if required else f"{text} [{f.default}]".replace("%", "%%"))
+        kw |= dict(required=True) if required else dict(default=f.default)
+        if kind is bool:
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kw)
+        else:
+            group.add_argument(f"--{f.name}", type=kind, choices=choices[0] if choices else None,
+                               metavar=None if choices else kind.__name__.upper(), **kw)
+
+
+def pick(config, values):
+    """The fields of a config dataclass out of a dict (or namespace) that may hold more."""
+    values = values if isinstance(values, dict) else vars(values)
+    return config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
+
+
+def parse_flags(doc, model, data, train, argv=None):
+    """argv -> a config of each of the three dataclasses.
+
+    With --resume the run's own config.json replaces the defaults, so that no flag needs retyping;
+    ValueError if a flag would change the model.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for config in (train, data, model):
+        add_flags(parser, config)
+    args = parser.parse_args(argv)
+    saved = read_config(args.out) if args.resume and has_state(args.out) else None
+    if saved:
+        parser.set_defaults(**saved["train"] | saved["data"] | saved["model"] | {"resume": True})
+        args = parser.parse_args(argv)
+        now = asdict(pick(model, args))
+        changed = [f"--{k} {now[k]} (the run has {v})" for k, v in saved["model"].items() if k in now and now[k] != v]
+        if changed:
+            raise ValueError(f"--resume cannot change the model: {', '.join(changed)}; use another --out")
+    elif has_state(args.out) and not args.resume:
+        raise ValueError(f"{args.out} already holds a run; add --resume to continue it, or use another --out")
+    cfg = pick(train, args)
+    check(cfg)
+    return pick(model, args), pick(data, args), cfg
+
+
+def check(cfg):
+    """ValueError for settings that cannot work."""
+    for name in ("batch_size", "accum", "log_every", "eval_every", "eval_size", "save_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name} {getattr(cfg, name)} is less than 1")
+    parts = cfg.accum * int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch_size % parts:
+        raise ValueError(f"batch_size {cfg.batch_size} does not divide into {parts} parts (processes x accum); "
+                         f"use {cfg.batch_size // parts * parts + parts}")
+
+
+# --- processes and devices -----------------------------------------------------------------------------
+
+
+class Processes:
+    """This process among those that torchrun started (alone without torchrun), and its device."""
+
+    def __init__(self, device="auto"):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def say(self, text):
+        if self.main:
+            print(text, flush=True)
+
+    def sum(self, values):
+        """Sum each of a list of numbers over the processes -> list of floats."""
+        t = torch.tensor(values, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t.tolist()
+
+    def gather(self, thing):
+        """The same thing of every process, as a list."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_precision(name, device):
+    """'auto' -> 'bf16', 'fp16' or 'fp32' as the device does it natively."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+    return "fp32"
+
+
+def autocast(device, precision):
+    """The autocast context of a precision; nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def seed_step(seed, step, rank):
+    """Make all that torch draws in this step a pure function of (seed, step, rank)."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+
+
+class Stop:
+    """True once SIGTERM or SIGINT came to any process; a second Ctrl-C stops at once."""
+
+    def __init__(self, processes):
+        self.processes, self.flag = processes, False
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.catch)
+
+    def catch(self, number, frame):
+        if self.flag and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.flag = True
+
+    def __bool__(self):
+        return self.processes.sum([self.flag])[0] > 0 if self.processes.world > 1 else self.flag
+
+
+# --- optimization ----------------------------------------------------------------------------------------
+
+
+def lr_at(step, cfg):
+    """Linear warm-up, then half a cosine down to min_lr * lr at cfg.steps."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    t = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * t)))
+
+
+def make_optimizer(model, cfg):
+    """AdamW that decays matrices and convolutions, not gains, biases and embeddings of one dimension."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+class EMA:
+    """Moving average of the parameters in float32; other state (a codebook) is taken as it is.
+
+    The decay is min(decay, (1 + t) / (10 + t)), so that the start is forgotten soon.
+    """
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.weights = {k: p.detach().float().clone() for k, p in model.named_parameters()} if decay else {}
+
+    @torch.no_grad()
+    def update(self, model, step):
+        if self.decay:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.weights.values()),
+                                 [p.float() for _, p in model.named_parameters()], 1 - decay)
+
+    def state_dict(self, model):
+        """The model's state with averaged weights."""
+        return {k: self.weights.get(k, v) for k, v in model.state_dict().items()}
+
+    @contextlib.contextmanager
+    def applied(self, model):
+        """Within: the model holds the averaged weights."""
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(self.state_dict(model))
+        try:
+            yield
+        finally:
+            model.load_state_dict(before)
+
+
+def optimizer_step(model, optimizer, scaler, cfg, step):
+    """Set the learning rate, unscale, clip, step -> gradient norm (a tensor, no synchronisation)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, cfg)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def write_file(path, data):
+    """Write bytes or str so that the file is whole or not there.  OSError names the path."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(f"cannot write {path}: {e.strerror or e}; what was there before is intact") from e
+
+
+def save_tensors(path, tensors, **meta):
+    """Named tensors and JSON-able meta -> one safetensors file, written atomically."""
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    write_file(path, tensors_to_bytes(tensors, metadata={k: json.dumps(v) for k, v in meta.items()}))
+
+
+def load_tensors(path):
+    """-> (dict of tensors, meta).  ValueError if the file is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} cannot be read as safetensors: {e}") from e
+
+
+def read_config(folder):
+    """config.json of a checkpoint folder.  ValueError if there is none."""
+    path = Path(folder, "config.json")
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a checkpoint folder: no config.json in it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
+
+
+def has_state(folder):
+    return Path(folder, "state", "resume.safetensors").exists()
+
+
+def save_model(folder, tensors, config, dtype=None):
+    """The model of a checkpoint folder: config.json and model.safetensors."""
+    if dtype:
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    write_file(Path(folder, "config.json"), json.dumps(config, indent=1) + "\n")
+    save_tensors(Path(folder, "model.safetensors"), tensors)
+
+
+def load_model(folder, model):
+    """Weights of a checkpoint folder into a model built from its config; ValueError if they do not fit."""
+    tensors, _ = load_tensors(Path(folder, "model.safetensors"))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise ValueError(f"{folder}/model.safetensors does not fit its config.json: {e}") from e
+    return model
+
+
+def save_state(folder, step, model, ema, optimizer, scaler, **meta):
+    """All that resuming needs, in one file."""
+    names = {p: k for k, p in model.named_parameters()}
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.weights.items()}
+    for p, state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[p]}.{k}": v for k, v in state.items()}
+    save_tensors(Path(folder, "state", "resume.safetensors"), tensors, step=step, scaler=scaler.state_dict(), **meta)
+
+
+def load_state(folder, model, ema, optimizer, scaler):
+    """The inverse of save_state, in place -> its meta (step and what the script added)."""
+    tensors, meta = load_tensors(Path(folder, "state", "resume.safetensors"))
+
+    def part(prefix):
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    for k, v in part("ema.").items():
+        if k in ema.weights:
+            ema.weights[k].copy_(v)
+    moments = part("optimizer.")
+    for name, p in model.named_parameters():
+        state = {k: moments[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in moments}
+        if state:
+            optimizer.state[p] = {k: v.to(p.device) if k != "step" or p.is_cuda else v for k, v in state.items()}
+    if meta["scaler"]:
+        scaler.load_state_dict(meta["scaler"])
+    return meta
+
+
+# --- log -------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """log.jsonl, one line per record, and loss.png drawn from it.  Silent on all but the first process."""
+
+    def __init__(self, folder, main, step):
+        self.path, self.main, self.time = Path(folder, "log.jsonl"), main, time.time()
+        if main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        if main and self.path.exists():  # a killed run logged past its last checkpoint: those steps come again
+            kept = [r for r in read_log(self.path) if r["step"] <= step and not ("loss" in r and r["step"] == step)]
+            write_file(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def rate(self, work):
+        """Work (tokens, pictures) done per second since the last call."""
+        now = time.time()
+        rate, self.time = work / max(now - self.time, 1e-9), now
+        return rate
+
+    def write(self, **record):
+        if self.main:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) and abs(v) > 1e-3 else v
+                                    for k, v in record.items()}) + "\n")
+
+
+def read_log(path):
+    """The records of a log.jsonl; a line cut short by a killed process is left out."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def plot_log(folder, keys):
+    """loss.png from log.jsonl: a panel for each key, training thin and validation (val_ + key) thick."""
+    records = read_log(Path(folder, "log.jsonl"))
+    w, h, pad = 460, 240, 44
+    sheet = Image.new("RGB", (w * len(keys), h), "white")
+    draw = ImageDraw.Draw(sheet)
+    for panel, key in enumerate(keys):
+        curves = [([(r["step"], r[k]) for r in records if k in r and math.isfinite(r[k])], color, width)
+                  for k, color, width in ((key, "#9db8d9", 1), (f"val_{key}", "#c2410c", 2))]
+        points = [p for c, _, _ in curves for p in c]
+        if not points:
+            continue
+        xs, ys = [p[0] for p in points], sorted(p[1] for p in points)
+        top, low = ys[int(0.99 * (len(ys) - 1))], ys[0]  # the first few steps would flatten all that follows
+        x0, x1, y0, y1 = panel * w + pad, (panel + 1) * w - 12, h - 26, 22
+
+        def at(p):
+            return (x0 + (x1 - x0) * p[0] / max(xs[-1], max(xs), 1),
+                    y0 + (y1 - y0) * min(1.0, (p[1] - low) / max(top - low, 1e-9)))
+
+        draw.line([(x0, y1), (x0, y0), (x1, y0)], fill="#888888")
+        draw.text((x0, 4), f"{key}  (thick: validation {curves[1][0][-1][1]:.4g})" if curves[1][0] else key, fill="black")
+        for value, y in ((low, y0 - 6), (top, y1 - 4)):
+            draw.text((panel * w + 2, y), f"{value:.4g}", fill="#444444")
+        draw.text((x1 - 40, y0 + 6), f"{max(xs)}", fill="#444444")
+        for curve, color, width in curves:
+            if len(curve) > 1:
+                draw.line([at(p) for p in curve], fill=color, width=width)
+    save_image(Path(folder, "loss.png"), sheet)
+
+
+def save_image(path, image, **text):
+    """A PNG, written atomically, with text chunks."""
+    info, buffer = PngInfo(), io.BytesIO()
+    for k, v in text.items():
+        info.add_itxt(k, str(v))
+    image.save(buffer, "PNG", pnginfo=info)
+    write_file(path, buffer.getvalue())
+
+
+def run(main):
+    """Run a script's main: what a user can mend ends with one line, not with a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        if os.environ.get("MINIT2I_TRACEBACK"):
+            raise
+        sys.exit(f"error: {e}")
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,139 @@
+"""Stage 1: train a tokenizer on pictures.
+
+    python train_vq.py --data path/to/pictures --out out/vq
+    python train_vq.py --data 'shards/{00000..00041}.tar' --out out/vq --size 256 --stride 8
+    torchrun --nproc_per_node 8 train_vq.py --data path/to/pictures --out out/vq --batch_size 256
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
+from minit2i.metrics import code_stats, psnr
+from minit2i.train import (EMA, Log, Processes, Stop, TrainConfig, autocast, has_state, load_state, make_optimizer,
+                           optimizer_step, parse_flags, pick_precision, plot_log, run, save_image, save_model,
+                           save_state, seed_step)
+from minit2i.vq import VQ, VQConfig
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class VQTrainConfig(TrainConfig):
+    """How to train the tokenizer."""
+
+    recon: Annotated[str, "reconstruction loss", ("l1", "l2")] = "l2"
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+
+
+@torch.no_grad()
+def evaluate(model, pictures, n, batch, p, precision):
+    """First n validation pictures -> PSNR in dB, code counts (V,), skipped, and a few (input, reconstruction)."""
+    total, counts, skipped, shown = [0.0, 0], torch.zeros(model.cfg.n_codes), [], None
+    mine = list(range(min(n, len(pictures))))[p.rank :: p.world]
+    for first in range(0, len(mine), batch):
+        images, _, skips = collate([pictures[i] for i in mine[first : first + batch]])
+        skipped += skips
+        images = images.to(p.device)
+        with autocast(p.device, precision):
+            codes = model.encode(images)
+            recon = model.decode(codes)
+        total = [total[0] + float(psnr(recon, images).sum()), total[1] + len(images)]
+        counts += torch.bincount(codes.flatten(), minlength=model.cfg.n_codes).cpu()
+        if shown is None:
+            shown = images[:12].cpu(), recon[:12].cpu()
+    sums = p.sum([*total, *counts.tolist()])
+    return sums[0] / sums[1], torch.tensor(sums[2:]), skipped, shown
+
+
+def main():
+    # --- configuration, processes, data ---
+    model_cfg, data_cfg, cfg = parse_flags(__doc__, VQConfig, DataConfig, VQTrainConfig)
+    p = Processes(cfg.device)
+    precision = pick_precision(cfg.precision, p.device)
+    (source, train), (val_source, val) = split(data_cfg)
+    train_set, val_set = Pictures(source, train, data_cfg, cfg.seed), Pictures(val_source, val, data_cfg)
+    skipped = Skipped(p.say)
+    skipped.add([*source.damaged, *(val_source.damaged if val_source is not source else ())])
+
+    # --- model and optimizer ---
+    torch.manual_seed(cfg.seed)
+    model = VQ(model_cfg).to(p.device)
+    model.grid(*parse_size(data_cfg.size))
+    optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
+    scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
+    start, resumed = 0, cfg.resume and has_state(cfg.out)
+    if resumed:
+        meta = load_state(cfg.out, model, ema, optimizer, scaler)
+        start = meta["step"]
+        skipped.why = dict(meta["skipped"])
+    forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if p.world > 1 else model
+    if cfg.compile:
+        forward = torch.compile(forward)
+    config = {"kind": "vq", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
+    n_params = sum(w.numel() for w in model.parameters())
+    p.say(f"{len(train)} training and {len(val)} validation pictures; {n_params / 1e6:.2f} M parameters; {precision} "
+          f"on {p.world} x {p.device.type}; from step {start} to {cfg.steps}")
+
+    # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
+    sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
+    loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
+    log, stop, saved = Log(cfg.out, p.main, start), Stop(p), start if resumed else -1
+    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not p.main):
+        last = step == cfg.steps
+        stopping = bool(stop)
+        if (step % cfg.eval_every == 0 and step > start) or last:
+            with ema.applied(model):
+                value, counts, skips, shown = evaluate(model, val_set, cfg.eval_size, cfg.batch_size, p, precision)
+            skipped.add([s for part in p.gather(skips) for s in part])
+            use, perplexity = code_stats(counts)
+            log.write(step=step, val_psnr=value, code_use=use, perplexity=perplexity)
+            p.say(f"\nstep {step}: val PSNR {value:.2f} dB, {use:.1%} of the codes used, perplexity {perplexity:.0f}")
+            if p.main:
+                save_image(Path(cfg.out, f"reconstructions-{step:06d}.png"), grid_image(torch.cat(shown), len(shown[0])))
+                plot_log(cfg.out, ["loss", "psnr", "perplexity"])
+            log.rate(0)
+        if step != saved and (last or stopping or (step % cfg.save_every == 0 and step > start)):
+            skipped.add([s for part in p.gather(list(skipped.why.items())) for s in part])
+            if p.main:
+                save_state(cfg.out, step, model, ema, optimizer, scaler, skipped=list(skipped.why.items()))
+                save_model(cfg.out, ema.state_dict(model), config | {"step": step})
+            p.barrier()
+        if last or stopping:
+            break
+
+        seed_step(cfg.seed, step, p.rank)
+        latents, codes, loss_sum, se_sum, pixels = [], [], 0.0, 0.0, 0
+        for part in range(cfg.accum):
+            images, _, skips = next(loader)
+            skipped.add(skips)
+            images = images.to(p.device, non_blocking=True)
+            forward.require_backward_grad_sync = part == cfg.accum - 1
+            with autocast(p.device, precision):
+                if step == 0 and part == 0:
+                    model.quantizer.start(model.latents(images).flatten(0, 2).detach())
+                recon, z, c, quantizer_loss = forward(images)
+            error = recon.float() - images
+            loss = (error.abs() if cfg.recon == "l1" else error.square()).mean() + quantizer_loss.float()
+            scaler.scale(loss / cfg.accum).backward()
+            latents.append(z), codes.append(c)
+            loss_sum, se_sum = loss_sum + loss.detach() / cfg.accum, se_sum + error.detach().square().mean() / cfg.accum
+        norm = optimizer_step(model, optimizer, scaler, cfg, step)
+        model.quantizer.update(torch.cat(latents), torch.cat(codes), step)
+        ema.update(model, step)
+
+        if (step + 1) % cfg.log_every == 0:
+            loss, se = (v / p.world for v in p.sum([float(loss_sum), float(se_sum)]))
+            count = model.quantizer.ema_count
+            log.write(step=step + 1, loss=loss, psnr=float(10 * torch.tensor(4 / se).log10()), grad_norm=float(norm),
+                      lr=optimizer.param_groups[0]["lr"], perplexity=code_stats(count)[1],
+                      images_per_s=log.rate(cfg.log_every * cfg.batch_size))
+    p.say(f"{cfg.out} holds step {step}; {skipped}")
+    p.close()
+
+
+if __name__ == "__main__":
+    run(main)
