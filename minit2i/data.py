@@ -224,8 +224,13 @@ class Shards:
                         if m.isfile() and kind in ("picture", "txt"):
                             key = f"{folder}/{stem}" if folder else stem
                             found.setdefault(key, {})[kind] = (m.offset_data, m.size)
+                with open(path, "rb") as f:
+                    f.seek(-512, os.SEEK_END)
+                    whole = not any(f.read())  # a tar ends with empty blocks
+                if not whole:
+                    self.damaged.append((path, "shard cut short; what is there is used"))
             except (tarfile.TarError, OSError, EOFError) as e:
-                self.damaged.append((path, f"damaged shard ({e}); {len(found)} entries before it are used"))
+                self.damaged.append((path, f"damaged shard ({e}); what is before is used"))
             self.entries += [(shard, k, v["picture"], v.get("txt")) for k, v in found.items() if "picture" in v]
 
     def __len__(self):
@@ -438,8 +443,8 @@ def make_loader(dataset, sampler, workers, collate_fn):
 class Text:
     """SentencePiece BPE: lowercased, NFKC, with byte fallback, so that any Unicode prompt has ids.
 
-    A caption becomes [BOS] ids [EOS] and pads; pad t is a token of its own for each text position
-    (DALL-E, arXiv:2102.12092 sec. 2.2): id n_vocab + t.
+    A caption becomes [BOS] ids [EOS] and pads, an empty one [BOS] and pads; pad t is a token of its own
+    for each text position (DALL-E, arXiv:2102.12092 sec. 2.2): id n_vocab + t.
     """
 
     def __init__(self, proto, length):
@@ -454,32 +459,42 @@ class Text:
     def train(captions, vocab_size):
         """captions: iterable of str -> bytes of a SentencePiece model of at most vocab_size tokens."""
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions), model_writer=model, vocab_size=vocab_size, model_type="bpe",
-            normalization_rule_name="nfkc_cf", byte_fallback=True, character_coverage=1.0,
-            hard_vocab_limit=False, num_threads=1, minloglevel=2)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(captions), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+                normalization_rule_name="nfkc_cf", byte_fallback=True, character_coverage=1.0,
+                hard_vocab_limit=False, num_threads=1, minloglevel=2)
+        except RuntimeError as e:
+            raise ValueError(f"no text model of {vocab_size} tokens can be trained on these captions ({e}); "
+                             "use a larger --vocab_size") from None
         return model.getvalue()
 
     def pieces(self, caption, dropout=0.0, rng=None):
         """caption -> ids, without BOS and EOS.
 
-        With dropout each merge is left out with that probability (BPE-dropout, arXiv:1910.13267
-        algorithm 1).  SentencePiece has it too, but cannot be re-seeded, and resuming needs that.
+        With dropout each possible merge of a word is left out with that probability, anew before every
+        merge (BPE-dropout, arXiv:1910.13267 algorithm 1).  SentencePiece has something like it, but
+        cannot be re-seeded, and resuming needs that.
         """
+        caption = " ".join(caption.split())
         if not dropout:
             return self.sp.encode(caption)
-        symbols = list(self.sp.normalize(caption))
-        while True:
-            merges = [(-self.rank[a + b], k) for k, (a, b) in enumerate(zip(symbols, symbols[1:])) if a + b in self.rank]
-            merges = [m for m, drop in zip(merges, rng.random(len(merges)) < dropout) if not drop]
-            if not merges:
-                break
-            k = min(merges)[1]
-            symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
+        symbols = [s for word in re.findall("\u2581?[^\u2581]+", self.sp.normalize(caption))
+                   for s in self.merge(list(word), dropout, rng)]
         ids = []
         for s in symbols:
             ids += [self.sp.piece_to_id(s)] if s in self.rank else [self.sp.piece_to_id(f"<0x{b:02X}>") for b in s.encode()]
         return ids
+
+    def merge(self, symbols, dropout, rng):
+        """The characters of a word -> its pieces."""
+        while True:
+            merges = [(-self.rank[a + b], k) for k, (a, b) in enumerate(zip(symbols, symbols[1:])) if a + b in self.rank]
+            merges = [m for m in merges if rng.random() >= dropout]
+            if not merges:
+                return symbols
+            k = min(merges)[1]
+            symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
 
     def encode(self, caption, dropout=0.0, rng=None):
         """caption -> ids (T,).  One too long is cut, and counted in n_cut.  Empty: the unconditional text."""
@@ -487,7 +502,7 @@ class Text:
         if len(ids) > self.length - 2:
             ids = ids[: self.length - 2]
             self.n_cut += 1
-        ids = [self.sp.bos_id(), *ids, self.sp.eos_id()] if caption.strip() else [self.sp.bos_id(), self.sp.eos_id()]
+        ids = [self.sp.bos_id(), *ids, self.sp.eos_id()] if ids else [self.sp.bos_id()]
         return torch.tensor(ids + [self.n_vocab + t for t in range(len(ids), self.length)])
 
     def decode(self, ids):

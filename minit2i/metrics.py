@@ -18,7 +18,9 @@ from .scenes import BACKGROUNDS, CATEGORIES, COLORS, FILLS, RELATIONS, SHAPES, S
 FAR = 50  # RGB distance from the background that makes a pixel part of an object; every palette colour is > 110 away
 UNLIKE = 75  # RGB distance beyond which a colour is no palette colour; no two of those are nearer than 100
 SPECK = 0.005  # area, as a fraction of the short side squared, below which a component is dirt; a small star is 0.016
-FIT = 0.7  # correlation with the best template below which an object has no shape
+MOST = 8  # components that are looked at, the largest first
+FIT = 0.73  # correlation with the best template below which an object has no shape
+SKEW = 1.5  # ratio of width to height, after the shape's own, beyond which an object has no shape
 GRID = 24  # templates and objects are compared on a GRID x GRID raster of their bounding boxes
 BLURS = (0, 0.04, 0.08)  # of the templates, as fractions of their width: small objects and JPEG lose their edges
 
@@ -36,25 +38,29 @@ CHECKS = {
 
 @cache
 def _templates():
-    """Coverage of every shape and fill, sharp and blurred: names [(shape, fill)], rasters (K, GRID * GRID), unit norm."""
+    """Every shape and fill, sharp and blurred, as `_rasters`: names [(shape, fill)], rasters (K, GRID * GRID)."""
     names, rasters = [], []
     for shape, fill, blur in product(SHAPES, FILLS, BLURS):
-        picture = render(Scene((Object("red", shape, "large", fill, 0.5, 0.5, 0.35),), "black"), 256)
+        picture = render(Scene((Object("red", shape, "large", fill, 0.5, 0.5, 0.35),), "black"), 128)
         alpha = np.asarray(picture)[:, :, 0] / np.float32(COLORS["red"][0])
+        alpha = ndimage.gaussian_filter(alpha, blur * 0.7 * 128)
         names.append((shape, fill))
-        rasters.append(_raster(ndimage.gaussian_filter(alpha, blur * 0.7 * 256), 128 + 0.35 * 256 * _reach(shape)))
-    return names, np.stack(rasters)
+        rasters.append(_rasters(alpha, [64 + 0.35 * 128 * _reach(shape)]))
+    return names, np.concatenate(rasters)
 
 
-def _raster(alpha, box):
-    """Coverage (h, w) inside ((left, top), (right, bottom)) and a tenth around it: (GRID * GRID,), mean 0, norm 1."""
-    (left, top), (right, bottom) = box
-    dx, dy = (right - left) / 10, (bottom - top) / 10
-    pad = 2 + int(max(dx, dy))
-    edges = (left - dx + pad, top - dy + pad, right + dx + pad, bottom + dy + pad)
-    image = Image.fromarray(np.pad(alpha, pad)).resize((GRID, GRID), Image.BOX, edges)
-    raster = np.asarray(image).ravel() - np.mean(image)
-    return raster / np.linalg.norm(raster)
+def _rasters(alpha, boxes):
+    """Coverage (h, w) inside each ((left, top), (right, bottom)) and a tenth around: (n, GRID * GRID), mean 0, norm 1."""
+    pad = 2 + max(alpha.shape) // 4
+    padded = Image.fromarray(np.pad(alpha, pad).astype(np.float32))
+    rasters = []
+    for low, high in boxes:
+        rim = (high - low) / 10
+        edges = (*(low - rim + pad), *(high + rim + pad))
+        rasters.append(np.asarray(padded.resize((GRID, GRID), Image.BOX, edges)).ravel())
+    rasters = np.stack(rasters)
+    rasters -= rasters.mean(1, keepdims=True)
+    return rasters / np.linalg.norm(rasters, axis=1, keepdims=True)
 
 
 @cache
@@ -63,10 +69,18 @@ def _reach(shape):
     return np.stack([outline(shape).min(0), outline(shape).max(0)])
 
 
-def _nearest(rgb, palette):
-    """Name of the palette colour nearest to rgb (3,), or None when all are further than UNLIKE."""
-    name = min(palette, key=lambda n: np.linalg.norm(rgb - np.array(palette[n])))
-    return name if np.linalg.norm(rgb - np.array(palette[name])) < UNLIKE else None
+def _nearest(offset, palette, ground, faded=1.0):
+    """Name of the palette colour that `ground + offset` (3,) shows, or None when all are further than UNLIKE.
+
+    faded: the least share of the colour that thin lines may keep once they are blurred into the ground.
+    """
+    def miss(name):
+        full = np.array(palette[name]) - ground
+        share = np.clip(offset @ full / (full @ full + 1e-6), faded, 1)
+        return np.linalg.norm(offset - share * full)
+
+    name = min(palette, key=miss)
+    return name if miss(name) < UNLIKE else None
 
 
 def read_scene(image):
@@ -85,38 +99,47 @@ def read_scene(image):
     labels, _ = ndimage.label(np.linalg.norm(offset, axis=2) > FAR, np.ones((3, 3)))
 
     objects = []
-    for k, box in enumerate(ndimage.find_objects(labels), start=1):
+    areas = np.bincount(labels.ravel())[1:]
+    boxes = ndimage.find_objects(labels)
+    for k in np.argsort(-areas)[:MOST] + 1:
+        if areas[k - 1] < SPECK * short ** 2:
+            break
+        box = boxes[k - 1]
         inside = labels[box] == k
-        if inside.sum() < SPECK * short ** 2:
-            continue
         rows, cols = (slice(max(s.start - 1, 0), s.stop + 1) for s in box)  # one pixel of soft edge around
         around, own = offset[rows, cols], np.isin(labels[rows, cols], (0, k))
         distance = np.linalg.norm(offset[box][inside], axis=1)
         core = np.median(offset[box][inside][distance >= 0.85 * np.quantile(distance, 0.95)], axis=0)  # (3,)
-        alpha = np.clip(around @ core / (core @ core), 0, 1) * own  # how far each pixel is from ground to core
-        shape, fill, ((left, top), (right, bottom)) = _fit(alpha)
-        wide, high = (_reach(shape)[1] - _reach(shape)[0]) * short if shape else (2 * short, 2 * short)
-        r = ((right - left) / wide + (bottom - top) / high) / 2
-        size = min(SIZES, key=lambda s: abs(SIZES[s] - r))
-        x, y = (cols.start + (left + right) / 2) / width, (rows.start + (top + bottom) / 2) / height
-        objects.append(Object(_nearest(core + ground, COLORS), shape, size, fill, x, y, r))
-    return Scene(tuple(sorted(objects, key=lambda o: o.x)), _nearest(ground, BACKGROUNDS))
+        alpha = np.clip(around @ core / (core @ core + 1e-6), 0, 1) * own  # how far each pixel is from ground to core
+        shape, fill, (x, y), r = _fit(alpha)
+        size = min(SIZES, key=lambda s: abs(SIZES[s] - r / short))
+        x, y = (cols.start + x) / width, (rows.start + y) / height
+        objects.append(Object(_nearest(core, COLORS, ground, faded=0.6), shape, size, fill, x, y, r / short))
+    return Scene(tuple(sorted(objects, key=lambda o: o.x)), _nearest(np.zeros(3), BACKGROUNDS, ground))
 
 
 def _fit(alpha):
-    """Shape, fill and bounding box of one object's coverage (h, w): the template that correlates best with it.
+    """Shape, fill, centre (x, y) and r in pixels of one object's coverage (h, w): the best correlated template's.
 
-    Thin tips fade below one half, so boxes up to a pixel larger at the top, the bottom and the sides are tried too.
+    Thin tips fade below one half and ragged edges reach too far, so each side is also tried a pixel further out
+    and a little further in.
     """
     names, templates = _templates()
     solid = alpha > 0.5
+    if not solid.any():  # a component of opposite colours has no core
+        return None, None, np.array(alpha.shape[::-1]) / 2, max(alpha.shape) / 2
     ys, xs = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
-    boxes = [np.array([(xs[0] - side, ys[0] - up), (xs[-1] + 1 + side, ys[-1] + 1 + down)])
-             for side, up, down in product((0, 0.5, 1), (0, 1), (0, 1))]
-    scores = np.stack([_raster(alpha, box) for box in boxes]) @ templates.T  # (boxes, K)
+    low, high = np.array([xs[0], ys[0]]), np.array([xs[-1] + 1, ys[-1] + 1])
+    steps = (-(high - low).min() / 18, 0, 1)
+    boxes = [np.array([low - (side, up), high + (side, down)]) for side, up, down in product(steps, repeat=3)]
+    scores = np.einsum("bg,kg->bk", _rasters(alpha, boxes), templates)  # BLAS would start threads for this little
     box, best = np.unravel_index(scores.argmax(), scores.shape)
-    shape, fill = names[best] if scores[box, best] >= FIT else (None, None)
-    return shape, fill, boxes[box]
+    shape, fill = names[best]
+    low, high = boxes[box]
+    r = (high - low) / (_reach(shape)[1] - _reach(shape)[0])  # as its width and as its height say
+    if scores[box, best] < FIT or r.max() > SKEW * r.min():
+        shape = fill = None
+    return shape, fill, (low + high) / 2, r.mean()
 
 
 def place_of(o):

@@ -57,10 +57,12 @@ class TrainConfig:
 
 
 def add_flags(parser, config):
-    """A flag for every field of a config dataclass whose fields are Annotated[type, help, choices]."""
+    """A flag for every field of a config dataclass that is Annotated[type, help, choices]; none for plain ones."""
     group = parser.add_argument_group(f"{config.__name__}: {config.__doc__.splitlines()[0]}")
     for f in fields(config):
         hint = get_type_hints(config, include_extras=True)[f.name]
+        if not hasattr(hint, "__metadata__"):
+            continue
         kind, (text, *choices) = hint.__origin__, hint.__metadata__
         required = f.default is f.default_factory  # both MISSING
         kw = dict(help=text if required else f"{text} [{f.default}]".replace("%", "%%"))
@@ -141,12 +143,16 @@ class Processes:
         if self.main:
             print(text, flush=True)
 
+    def total(self, tensor):
+        """Sum of a tensor over the processes, without waiting for it."""
+        tensor = tensor.to(self.device)
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def sum(self, values):
         """Sum each of a list of numbers over the processes -> list of floats."""
-        t = torch.tensor(values, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(t)
-        return t.tolist()
+        return self.total(torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64)).tolist()
 
     def gather(self, thing):
         """The same thing of every process, as a list."""

@@ -1,0 +1,281 @@
+"""Stage 2: a GPT over one sequence of caption and codes.
+
+    position   0 ........ T-1 | T ............. T+N-1
+    token      text and pads  | codes in raster order
+    predicts   1 ........ T-1 | 0 ... N-1, code n from position T-1+n
+
+DALL-E's prior (Ramesh et al., arXiv:2102.12092 sec. 2.2) on nanoGPT-sized blocks.
+
+Shapes: B batch, T text length, h w code grid, N = h*w, L = T+N, S positions at hand, D width, H heads,
+K head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What the prior is; stored in its checkpoint.  The plain fields come from tokenizer and text model."""
+
+    n_layer: Annotated[int, "transformer blocks"] = 6
+    n_head: Annotated[int, "attention heads"] = 8
+    n_embd: Annotated[int, "width"] = 256
+    text_len: Annotated[int, "text positions T, beginning and end mark included"] = 32
+    mask: Annotated[str, "which positions see which (see MASKS)"] = "full"
+    pos: Annotated[str, "positions: learned (text, row, column), or 2-D rotary", ("learned", "rotary")] = "learned"
+    norm: Annotated[str, "normalisation", ("layernorm", "rmsnorm")] = "layernorm"
+    mlp: Annotated[str, "feed-forward layer", ("gelu", "swiglu")] = "gelu"
+    qk_norm: Annotated[bool, "normalise queries and keys per head"] = False
+    dropout: Annotated[float, "dropout on embeddings and on both branches of each block"] = 0.0
+    n_vocab: int = 0
+    n_codes: int = 0
+    grid_h: int = 0
+    grid_w: int = 0
+
+    @property
+    def n_image(self):
+        return self.grid_h * self.grid_w
+
+    @property
+    def length(self):
+        return self.text_len + self.n_image
+
+
+# --- masks -------------------------------------------------------------------------------------------
+# A mask says which key position k a query position q may see: integer tensors that broadcast -> bool.
+# Positions count the whole sequence: k < cfg.text_len is text, the rest the grid in raster order.
+
+
+def full(q, k, cfg):
+    """Every earlier position and itself."""
+    return k <= q
+
+
+MASKS = {"full": full}
+
+
+# --- positions -----------------------------------------------------------------------------------------
+
+
+def rotary_tables(cfg):
+    """Angles of 2-D rotary positions: cos, sin (L, K/2).
+
+    RoPE, arXiv:2104.09864, half of the frequencies turning with the row and half with the column.
+    Text lies on the diagonal before the grid's corner: token t at (t-T, t-T), as in M-RoPE,
+    arXiv:2409.12191 sec. 2.1 (there text and picture order are reversed).
+    """
+    half = cfg.n_embd // cfg.n_head // 4  # frequencies per axis
+    text = torch.arange(-cfg.text_len, 0).float()
+    n = torch.arange(cfg.n_image)
+    row = torch.cat([text, (n // cfg.grid_w).float()])  # (L,)
+    column = torch.cat([text, (n % cfg.grid_w).float()])
+    frequency = 100.0 ** (-torch.arange(half).float() / half)  # base 100: grids are short
+    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], 1)  # (L, K/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """x (B, H, S, K), cos and sin (S, K/2): turn each pair (x_i, x_{i+K/2})."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+# --- blocks --------------------------------------------------------------------------------------------
+
+
+def make_norm(cfg, width):
+    return nn.LayerNorm(width) if cfg.norm == "layernorm" else nn.RMSNorm(width, eps=1e-6)
+
+
+def attend(q, k, v, mask=None, causal=False):
+    """softmax(q k^T / sqrt K + mask) v: q (B, H, S, K), k and v (B, H, M, K), mask (S, M) bool -> (B, H, S, K).
+
+    On a CPU, for training and up to 512 keys, products with a softmax in between beat the fused kernel,
+    whose backward is slow there.
+    """
+    if q.device.type == "cpu" and q.requires_grad and k.shape[2] <= 512:
+        if causal:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, S, M)
+        if mask is not None:
+            score = score + torch.zeros(mask.shape, dtype=score.dtype).masked_fill_(~mask, -math.inf)
+        return score.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: x (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.head_size = cfg, cfg.n_embd // cfg.n_head
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
+
+    def forward(self, x, start, rope, kv):
+        """Positions start ... start+S-1.  kv: this layer's cache (keys, values), each (B, H, L, K), written here."""
+        b, s, d = x.shape
+        q, k, v = self.qkv(x).view(b, s, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)  # 3 x (B, H, S, K)
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if kv is not None:
+            kv[0][:, :, start : start + s], kv[1][:, :, start : start + s] = k, v
+            k, v = kv[0][:, :, : start + s], kv[1][:, :, : start + s]
+        if self.cfg.mask == "full":
+            y = attend(q, k, v, causal=True) if start == 0 else \
+                attend(q, k, v) if s == 1 else attend(q, k, v, self.allowed(start, s, x.device))
+        else:
+            y = attend(q, k, v, self.allowed(start, s, x.device))
+        return self.out(y.transpose(1, 2).reshape(b, s, d))
+
+    def allowed(self, start, s, device):
+        """The mask of queries start ... start+s-1 on all keys up to them: (s, start+s) bool."""
+        k = torch.arange(start + s, device=device)
+        return MASKS[self.cfg.mask](k[start:, None], k[None], self.cfg)
+
+
+class MLP(nn.Module):
+    """x (B, S, D) -> (B, S, D).  GELU four times as wide, or SwiGLU (arXiv:2002.05202) of the same size."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.gated = cfg.mlp == "swiglu"
+        inner = round(cfg.n_embd * 8 / 3 / 32) * 32 if self.gated else 4 * cfg.n_embd
+        self.up = nn.Linear(cfg.n_embd, 2 * inner if self.gated else inner, bias=False)
+        self.down = nn.Linear(inner, cfg.n_embd, bias=False)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, -1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.gelu(x, approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1, self.attn = make_norm(cfg, cfg.n_embd), Attention(cfg)
+        self.norm2, self.mlp = make_norm(cfg, cfg.n_embd), MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, start=0, rope=None, kv=None):
+        x = x + self.drop(self.attn(self.norm1(x), start, rope, kv))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+# --- the model -----------------------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    """Caption and codes as one sequence, one embedding, a head for each kind.
+
+    Token ids: text [0, n_vocab), pad of text position t: n_vocab + t, code c: n_vocab + T + c.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        if cfg.mask not in MASKS:
+            raise ValueError(f"mask {cfg.mask!r} is not known; use one of {', '.join(MASKS)}")
+        if cfg.n_embd % cfg.n_head:
+            raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
+        if cfg.pos == "rotary" and cfg.n_embd // cfg.n_head % 4:
+            raise ValueError(f"2-D rotary positions need a head size that 4 divides, not {cfg.n_embd // cfg.n_head}")
+        if cfg.text_len < 3:
+            raise ValueError(f"text_len {cfg.text_len} has no room for a word between its two marks; use 3 or more")
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes, cfg.n_embd)
+        if cfg.pos == "learned":
+            self.pos_text = nn.Parameter(torch.empty(cfg.text_len, cfg.n_embd))
+            self.pos_row = nn.Parameter(torch.empty(cfg.grid_h, 1, cfg.n_embd))
+            self.pos_column = nn.Parameter(torch.empty(1, cfg.grid_w, cfg.n_embd))
+        else:
+            cos, sin = rotary_tables(cfg)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = make_norm(cfg, cfg.n_embd)
+        self.text_head = nn.Linear(cfg.n_embd, cfg.n_vocab, bias=False)
+        self.image_head = nn.Linear(cfg.n_embd, cfg.n_codes, bias=False)
+        for name, p in self.named_parameters():  # GPT-2: 0.02, less where branches join the residual stream
+            if p.dim() >= 2:
+                joins = name.endswith(("attn.out.weight", "mlp.down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if joins else 0.02)
+
+    def positions(self):
+        """Learned positions of the whole sequence (L, D): text, then row + column of each code (DALL-E)."""
+        grid = (self.pos_row + self.pos_column).flatten(0, 1)  # (N, D)
+        return torch.cat([self.pos_text, grid])
+
+    def code_ids(self, codes):
+        """codes (B, N) -> token ids (B, N)."""
+        return codes + self.cfg.n_vocab + self.cfg.text_len
+
+    def trunk(self, ids, start=0, cache=None):
+        """ids (B, S) of positions start ... start+S-1 -> hidden states (B, S, D), normalised."""
+        stop = start + ids.shape[1]
+        x = self.embedding(ids)  # (B, S, D)
+        rope = None
+        if self.cfg.pos == "learned":
+            table = self.positions() if cache is None else cache.positions
+            x = x + table[start:stop]
+        else:
+            rope = self.rope_cos[start:stop], self.rope_sin[start:stop]
+        x = self.drop(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, start, rope, None if cache is None else cache.kv[i])
+        return self.norm(x)
+
+    def logits(self, text, codes):
+        """text (B, T), codes (B, N) -> text logits (B, T-1, V) for text 1...T-1, image logits (B, N, n_codes)."""
+        t = self.cfg.text_len
+        ids = torch.cat([text, self.code_ids(codes[:, :-1])], 1)  # (B, L-1): the last code predicts nothing
+        x = self.trunk(ids)
+        return self.text_head(x[:, : t - 1]), self.image_head(x[:, t - 1 :])
+
+    def forward(self, text, codes):
+        """Training pass -> summed cross-entropies: text (), image (), in float32, in nats.
+
+        Text counts up to its end mark: pads are no targets.  Sums, so that the caller can average over
+        all parts of a batch.
+        """
+        text_logits, image_logits = self.logits(text, codes)
+        target = text[:, 1:].masked_fill(text[:, 1:] >= self.cfg.n_vocab, -100)
+        text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten(), reduction="sum")
+        return text_loss, image_loss
+
+    def n_text_targets(self, text):
+        """How many terms the text loss of this batch has."""
+        return (text[:, 1:] < self.cfg.n_vocab).sum()
+
+
+class Cache:
+    """Keys and values of each layer, (B, H, L, K), allocated once; and the position table."""
+
+    def __init__(self, model, batch, length):
+        cfg, weight = model.cfg, model.embedding.weight
+        shape = (batch, cfg.n_head, length, cfg.n_embd // cfg.n_head)
+        self.kv = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(cfg.n_layer)]
+        self.positions = model.positions() if cfg.pos == "learned" else None
+
+    def spread(self, model, rows, length):
+        """A longer cache whose row b starts as this one's row rows[b]: a prompt is read once for all its pictures."""
+        new = Cache(model, len(rows), length)
+        for old_pair, new_pair in zip(self.kv, new.kv):
+            for old, fresh in zip(old_pair, new_pair):
+                fresh[:, :, : old.shape[2]] = old[rows]
+        return new

@@ -1,0 +1,137 @@
+"""Prior: masks against a loop, what may depend on what, cached against full, loss against by hand."""
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minit2i.gpt import GPT, MASKS, Cache, GPTConfig, attend
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, text_len=5, n_vocab=11, n_codes=7, grid_h=2, grid_w=3)
+VARIANTS = [dict(zip(("pos", "norm", "mlp", "qk_norm"), v)) for v in product(
+    ("learned", "rotary"), ("layernorm", "rmsnorm"), ("gelu", "swiglu"), (False, True))]
+
+
+def batch(cfg, b=3):
+    g = torch.Generator().manual_seed(1)
+    text = torch.randint(0, cfg.n_vocab, (b, cfg.text_len), generator=g)
+    text[0, 3:] = cfg.n_vocab + torch.arange(3, cfg.text_len)  # pads
+    return text, torch.randint(0, cfg.n_codes, (b, cfg.n_image), generator=g)
+
+
+def big_init(model):
+    """Large weights, so that a wrong connection shows."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def test_full_mask_equals_a_loop():
+    n = TINY.length
+    at = torch.arange(n)
+    expected = [[k <= q for k in range(n)] for q in range(n)]
+    assert MASKS["full"](at[:, None], at[None], TINY).tolist() == expected
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_logits_depend_on_exactly_what_they_may(name):
+    """One layer's gradient support is the mask; nothing may see what comes after it."""
+    cfg = replace(TINY, n_layer=1, mask=name)
+    model = big_init(GPT(cfg))
+    at = torch.arange(cfg.length - 1)
+    allowed = MASKS[name](at[:, None], at[None], cfg)
+    assert not allowed.triu(1).any()
+    ids = torch.cat([torch.arange(5), model.code_ids(torch.tensor([1, 2, 3, 4, 5]))])[None]
+    x = model.embedding(ids).detach().requires_grad_()
+    out = model.blocks[0](x + model.positions()[:-1])
+    for q in range(cfg.length - 1):
+        grad, = torch.autograd.grad(out[0, q].sum(), x, retain_graph=True)
+        assert (grad[0].abs().sum(1) > 0).equal(allowed[q] | (at == q)), q
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_cached_logits_equal_full_ones_at_every_position(variant):
+    cfg = replace(TINY, **variant)
+    model = big_init(GPT(cfg)).eval()
+    text, codes = batch(cfg)
+    with torch.no_grad():
+        text_logits, image_logits = model.logits(text, codes)
+        cache = Cache(model, 3, cfg.length - 1)
+        hidden = [model.trunk(text, 0, cache)]
+        hidden += [model.trunk(model.code_ids(codes[:, i : i + 1]), cfg.text_len + i, cache) for i in range(cfg.n_image - 1)]
+        hidden = torch.cat(hidden, 1)
+        assert torch.allclose(model.text_head(hidden[:, : cfg.text_len - 1]), text_logits, atol=1e-4)
+        assert torch.allclose(model.image_head(hidden[:, cfg.text_len - 1 :]), image_logits, atol=1e-4)
+        # several codes at once, as when a given part of a picture is read
+        cache = Cache(model, 3, cfg.length - 1)
+        model.trunk(text, 0, cache)
+        some = model.trunk(model.code_ids(codes[:, :4]), cfg.text_len, cache)
+        assert torch.allclose(model.image_head(some), image_logits[:, 1:5], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_training_attention_equals_the_fused_one(dtype):
+    q, k, v = (torch.randn(2, 3, 10, 8, dtype=dtype) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    ours = attend(q.requires_grad_(), k, v, causal=True)
+    assert torch.allclose(ours.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_loss_equals_one_by_hand_and_pads_are_no_targets():
+    model = GPT(TINY)
+    text, codes = batch(TINY)
+    text_logits, image_logits = model.logits(text, codes)
+    text_loss, image_loss = model(text, codes)
+    by_hand = sum(-float(text_logits.detach()[b, t].log_softmax(0)[text[b, t + 1]])
+                  for b in range(3) for t in range(4) if text[b, t + 1] < TINY.n_vocab)
+    assert math.isclose(float(text_loss), by_hand, rel_tol=1e-5)
+    by_hand = sum(-float(image_logits.detach()[b, n].log_softmax(0)[codes[b, n]]) for b in range(3) for n in range(6))
+    assert math.isclose(float(image_loss), by_hand, rel_tol=1e-5)
+    assert int(model.n_text_targets(text)) == 2 + 4 + 4
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    cfg = replace(TINY, n_embd=64, n_vocab=500, n_codes=300)
+    text, codes = torch.randint(0, 500, (8, 5)), torch.randint(0, 300, (8, 6))
+    text_loss, image_loss = GPT(cfg)(text, codes)
+    assert abs(float(text_loss) / 32 - math.log(500)) < 0.1 and abs(float(image_loss) / 48 - math.log(300)) < 0.1
+
+
+def test_parameter_count_in_closed_form():
+    cfg = replace(TINY, n_embd=32, n_layer=3)
+    d = 32
+    expected = (cfg.n_vocab + cfg.text_len + cfg.n_codes) * d + (cfg.text_len + cfg.grid_h + cfg.grid_w) * d
+    expected += 3 * (12 * d * d + 4 * d) + 2 * d + d * (cfg.n_vocab + cfg.n_codes)
+    assert sum(p.numel() for p in GPT(cfg).parameters()) == expected
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"mask": "diagonal"}, "mask 'diagonal' is not known"), ({"n_head": 3}, "not a multiple of n_head 3"),
+    ({"text_len": 2}, "text_len 2"), ({"pos": "rotary", "n_embd": 12}, "head size that 4 divides")])
+def test_impossible_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        GPT(replace(TINY, **change))
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=["plain", "modern"])
+def test_overfits_one_batch(variant):
+    torch.manual_seed(0)
+    model = GPT(replace(TINY, n_embd=32, **variant))
+    text, codes = batch(TINY, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(80):
+        text_loss, image_loss = model(text, codes)
+        (text_loss + image_loss).backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert float(image_loss) / codes.numel() < 0.1
+
+
+def test_the_caption_matters():
+    model = big_init(GPT(TINY))
+    text, codes = batch(TINY)
+    other = text.clone()
+    other[:, 1] = (other[:, 1] + 1) % TINY.n_vocab
+    assert (model.logits(text, codes)[1] - model.logits(other, codes)[1]).abs().amax((1, 2)).min() > 1e-4

@@ -1,0 +1,153 @@
+"""Tokenizer: nearest code and moving average against loops, processes against one, shapes, learning."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from minit2i.vq import QUANTIZERS, VQ, VQConfig, nearest_code
+
+SMALL = VQConfig(stride=4, ch=8, n_res=1, n_codes=16, code_dim=4)
+
+
+def test_nearest_code_equals_a_loop():
+    z, codebook = torch.randn(50, 4), torch.randn(16, 4)
+    expected = [min(range(16), key=lambda v: float(((z[i] - codebook[v]) ** 2).sum())) for i in range(50)]
+    assert nearest_code(z, codebook).tolist() == expected
+
+
+def test_nearest_code_is_computed_in_float32_under_autocast():
+    """In bfloat16 1000 and 1001 are the same number."""
+    codebook = torch.tensor([[1000.0], [1001.0], [1002.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nearest_code(codebook, codebook).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("l2_norm", [False, True])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizer_door(name, l2_norm):
+    """latents -> (z_q, codes, loss); codes -> latents; the gradient passes straight through."""
+    cfg = replace(SMALL, quantizer=name, l2_norm=l2_norm)
+    quantizer = QUANTIZERS[name](cfg)
+    z = torch.randn(30, 4, requires_grad=True)
+    before = {k: v.clone() for k, v in quantizer.state_dict().items()}
+    z_q, codes, loss = quantizer(z)
+    assert z_q.shape == z.shape and codes.shape == (30,) and 0 <= codes.min() and codes.max() < 16
+    assert torch.allclose(z_q, quantizer.lookup(codes), atol=1e-6) and loss >= 0
+    assert all(v.equal(before[k]) for k, v in quantizer.state_dict().items()), "forward must change nothing"
+    if not l2_norm:
+        weight = torch.randn(30, 4)
+        grad, = torch.autograd.grad((z_q * weight).sum(), z)
+        assert torch.allclose(grad, weight)
+    else:
+        assert torch.allclose(z_q.norm(dim=1), torch.ones(30), atol=1e-5)
+
+
+def test_commitment_loss_pulls_the_encoder_only():
+    quantizer = QUANTIZERS["ema"](SMALL)
+    z = torch.randn(30, 4, requires_grad=True)
+    z_q, codes, loss = quantizer(z)
+    grad, = torch.autograd.grad(loss, z)
+    expected = SMALL.beta * 2 * (z - quantizer.codebook[codes]) / z.numel()
+    assert torch.allclose(grad, expected.detach(), atol=1e-7) and not quantizer.codebook.requires_grad
+
+
+def test_moving_average_equals_a_loop():
+    cfg = replace(SMALL, restart=0.0, decay=0.9)
+    quantizer = QUANTIZERS["ema"](cfg)
+    count, total = quantizer.ema_count.clone().double(), quantizer.ema_sum.clone().double()
+    for step in range(5):
+        z = torch.randn(40, 4)
+        codes = nearest_code(z, quantizer.codebook)
+        quantizer.update(z, codes, step)
+        for v in range(16):
+            mine = z[codes == v].double()
+            count[v] = 0.9 * count[v] + 0.1 * len(mine)
+            total[v] = 0.9 * total[v] + 0.1 * mine.sum(0)
+    assert torch.allclose(quantizer.codebook.double(), total / count[:, None], atol=1e-5)
+
+
+def test_dead_codes_restart_on_latents_with_a_fresh_average():
+    quantizer = QUANTIZERS["ema"](replace(SMALL, restart=0.5))
+    z = torch.randn(200, 4)
+    z[:100] = 3.0 + torch.randn(100, 4) * 0.1
+    quantizer.codebook[1:] = 1e3
+    assert nearest_code(z, quantizer.codebook).unique().tolist() == [0]
+    for step in range(60):
+        quantizer.update(z, nearest_code(z, quantizer.codebook), step)
+    assert nearest_code(z, quantizer.codebook).unique().numel() > 12
+    assert torch.allclose(quantizer.codebook, quantizer.ema_sum / quantizer.ema_count[:, None], atol=1e-4)
+
+
+def test_kmeans_start_uses_every_code():
+    quantizer = QUANTIZERS["ema"](SMALL)
+    z = torch.randn(500, 4) + 20
+    quantizer.start(z)
+    assert nearest_code(z, quantizer.codebook).unique().numel() == 16
+    random = QUANTIZERS["ema"](SMALL)
+    def error(q):
+        return float((z - q.codebook[nearest_code(z, q.codebook)]).square().sum(1).mean())
+    assert error(quantizer) < 0.5 * z.var(0).sum() < error(random)
+
+
+def update_codebook(rank, world, port, z, result):
+    """Ten updates, a restart threshold that bites, each process with its share of every batch."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    quantizer = QUANTIZERS["ema"](replace(SMALL, restart=0.4))
+    share = z.chunk(world, 1)[rank]
+    quantizer.start(share[0])
+    for step, batch in enumerate(share):
+        quantizer.update(batch, nearest_code(batch, quantizer.codebook), step)
+    result[rank] = {k: v.numpy() for k, v in quantizer.state_dict().items()}
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_the_doubled_batch():
+    """Statistics, k-means start and restarts see the latents of all processes."""
+    z = torch.randn(10, 64, 4)
+    with mp.get_context("spawn").Manager() as manager:
+        one, two = manager.dict(), manager.dict()
+        mp.spawn(update_codebook, (1, 29611, z, one), nprocs=1)
+        mp.spawn(update_codebook, (2, 29612, z, two), nprocs=2)
+        for k, v in one[0].items():
+            assert torch.allclose(torch.from_numpy(v), torch.from_numpy(two[0][k]), atol=1e-5), k
+            assert (two[0][k] == two[1][k]).all(), k
+
+
+@pytest.mark.parametrize("stride", [4, 8, 16])
+@pytest.mark.parametrize("shape", [(32, 32), (48, 16)])
+def test_shapes_for_every_stride_and_oblong_pictures(stride, shape):
+    vq = VQ(replace(SMALL, stride=stride))
+    x = torch.rand(2, 3, *shape) * 2 - 1
+    grid = tuple(s // stride for s in shape)
+    codes = vq.encode(x)
+    assert codes.shape == (2, *grid) and vq.grid(*shape) == grid
+    assert vq.decode(codes).shape == x.shape and vq.decode(codes).abs().max() <= 1
+    recon, z, flat, loss = vq(x)
+    assert recon.shape == x.shape and flat.equal(codes.flatten()) and z.shape == (codes.numel(), 4)
+
+
+def test_a_size_that_the_stride_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="height 60 is not a multiple of the tokenizer's stride 8; use 56 or 64"):
+        VQ(replace(SMALL, stride=8)).encode(torch.zeros(1, 3, 60, 64))
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    vq = VQ(replace(SMALL, ch=16, n_codes=64, code_dim=8))
+    x = torch.rand(4, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1  # 16x16: a colour per code
+    optimizer = torch.optim.AdamW(vq.parameters(), 3e-3)
+    vq.quantizer.start(vq.latents(x).flatten(0, 2).detach())
+    for step in range(150):
+        recon, z, codes, loss = vq(x)
+        error = (recon - x).square().mean()
+        (error + loss).backward()
+        optimizer.step(), optimizer.zero_grad()
+        vq.quantizer.update(z, codes, step)
+        first = float(error) if step == 0 else first
+    assert error < 0.1 * first

@@ -1,0 +1,202 @@
+"""Stage 2: train a prior on captions and the codes of a frozen tokenizer.
+
+    python train_prior.py --data path/to/pictures --vq out/vq --out out/prior
+    torchrun --nproc_per_node 8 train_prior.py --data 'shards/{00000..00041}.tar' --vq out/vq --out out/prior \\
+        --batch_size 512 --n_layer 12 --n_embd 768 --n_head 12
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minit2i.data import (BadEntry, CodeCache, Coded, DataConfig, Skipped, StepSampler, Text, grid_image, make_loader,
+                          parse_size, split)
+from minit2i.gpt import GPT, GPTConfig
+from minit2i.sample import SampleConfig, file_hash, generate, load_vq
+from minit2i.train import (EMA, Log, Processes, Stop, TrainConfig, autocast, has_state, load_state, make_optimizer,
+                           optimizer_step, parse_flags, pick_precision, plot_log, run, save_image, save_model,
+                           save_state, seed_step, write_file)
+
+
+@dataclass(frozen=True)
+class PriorTrainConfig(TrainConfig):
+    """How to train the prior."""
+
+    vq: Annotated[str, "the tokenizer's checkpoint folder; a resumed run uses its own copy"] = "out/vq"
+    cache: Annotated[str, "where the pictures' codes are kept, for this and later runs"] = "out/cache"
+    crops: Annotated[int, "crops of each picture in the cache; 1: the central one"] = 1
+    vocab_size: Annotated[int, "tokens of the text model, trained at the first run"] = 2048
+    bpe_dropout: Annotated[float, "probability to leave out a merge of the text model in training"] = 0.1
+    cond_drop: Annotated[float, "probability to drop the caption, for guidance"] = 0.1
+    text_weight: Annotated[float, "weight of the text tokens' mean loss"] = 1 / 8
+    image_weight: Annotated[float, "weight of the image tokens' mean loss"] = 7 / 8
+    cfg_scale: Annotated[float, "guidance of the pictures drawn while training"] = 3.0
+    steps: Annotated[int, "optimizer steps"] = 10000
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+    weight_decay: Annotated[float, "AdamW weight decay, on matrices only"] = 0.045
+    ema: Annotated[float, "decay of the averaged weights, which are the ones saved; 0: none"] = 0.999
+
+
+def collate(samples):
+    """[(ids, codes, cut)] -> text (B, T), codes (B, N), number of captions cut."""
+    text, codes, cut = zip(*samples)
+    return torch.stack(text), torch.stack(codes), sum(cut)
+
+
+def train_text(source, indices, vocab_size, most=50_000):
+    """A SentencePiece model on at most `most` entries' captions, evenly spaced over the training set."""
+    def captions():
+        for i in indices[:: max(1, len(indices) // most)]:
+            try:
+                yield from source.captions(int(i))
+            except BadEntry:
+                pass
+    return Text.train(captions(), vocab_size)
+
+
+def coded_set(source, indices, data_cfg, cfg, vq, vq_hash, seed, p, precision):
+    """The code cache of a set, made now if it is not there yet."""
+    crops = cfg.crops if seed is not None else 1
+    folder = CodeCache.folder(cfg.cache, source, indices, data_cfg, crops, cfg.seed, vq_hash)
+    if any(p.gather(not folder.exists())):
+        def encode(images):
+            with autocast(p.device, precision):
+                return vq.encode(images.to(p.device))
+        CodeCache.build(folder, source, indices, data_cfg, crops, cfg.seed, encode, vq.grid(*parse_size(data_cfg.size)),
+                        vq.cfg.n_codes, p.rank, p.world, p.barrier)
+    return CodeCache(folder)
+
+
+@torch.no_grad()
+def evaluate(model, coded, n, batch, p, precision):
+    """First n validation pictures -> text and image loss per token, in nats."""
+    sums = [0.0, 0, 0.0, 0]
+    mine = list(range(min(n, len(coded))))[p.rank :: p.world]
+    for first in range(0, len(mine), batch):
+        text, codes, _ = collate([coded[i] for i in mine[first : first + batch]])
+        with autocast(p.device, precision):
+            text_loss, image_loss = model(text.to(p.device), codes.to(p.device))
+        sums = [a + float(b) for a, b in zip(sums, (text_loss, model.n_text_targets(text), image_loss, codes.numel()))]
+    sums = p.sum(sums)
+    return sums[0] / max(1, sums[1]), sums[2] / sums[3]
+
+
+def draw_samples(model, vq, text, prompts, cfg, device):
+    """Two pictures for each of some prompts, as one sheet, a column a prompt."""
+    ids = torch.stack([text.encode(s) for s in [*prompts, ""]]).to(device)
+    settings = SampleConfig(n=2, cfg_scale=cfg.cfg_scale, seed=cfg.seed)
+    codes = generate(model, ids[:-1], ids[-1], settings)
+    images = vq.decode(codes.view(-1, model.cfg.grid_h, model.cfg.grid_w))
+    return grid_image(images.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1), len(prompts))
+
+
+def main():
+    # --- configuration, processes, tokenizer ---
+    model_cfg, data_cfg, cfg = parse_flags(__doc__, GPTConfig, DataConfig, PriorTrainConfig)
+    if not data_cfg.captions:
+        raise ValueError("--no-captions is for train_vq.py: the prior needs captions")
+    p = Processes(cfg.device)
+    precision = pick_precision(cfg.precision, p.device)
+    out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)
+    vq_folder = out / "vq" if resumed else Path(cfg.vq)
+    vq = load_vq(vq_folder, p.device)
+    vq_hash = file_hash(vq_folder / "model.safetensors")
+    grid_h, grid_w = vq.grid(*parse_size(data_cfg.size))
+
+    # --- data: captions -> text model, pictures -> codes, once ---
+    (source, train), (val_source, val) = split(data_cfg)
+    if p.main and not resumed:
+        for name in ("config.json", "model.safetensors"):
+            write_file(out / "vq" / name, Path(vq_folder, name).read_bytes())
+        write_file(out / "text.model", train_text(source, train, cfg.vocab_size))
+    p.barrier()
+    text = Text((out / "text.model").read_bytes(), model_cfg.text_len)
+    args = data_cfg, cfg, vq, vq_hash
+    train_cache = coded_set(source, train, *args, cfg.seed, p, precision)
+    val_cache = coded_set(val_source, val, *args, None, p, precision)
+    skipped = Skipped(p.say)
+    skipped.add([*source.damaged, *train_cache.skipped, *val_cache.skipped])
+    p.say(str(skipped))
+    train_set = Coded(source, train, train_cache, text, cfg.seed, cfg.bpe_dropout, cfg.cond_drop)
+    val_set = Coded(val_source, val, val_cache, text)
+    prompts = [val_source.captions(int(val[row]))[0] for row in val_set.rows[:8]]
+
+    # --- model and optimizer ---
+    torch.manual_seed(cfg.seed)
+    model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
+    model = GPT(model_cfg).to(p.device)
+    optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
+    scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
+    start, cut, earlier_cut = 0, 0, 0  # captions cut by this process, and before resuming
+    if resumed:
+        meta = load_state(out, model, ema, optimizer, scaler)
+        start, earlier_cut = meta["step"], meta["n_cut"]
+    forward = torch.nn.parallel.DistributedDataParallel(model) if p.world > 1 else model
+    if cfg.compile:
+        forward = torch.compile(forward)
+    config = {"kind": "prior", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
+    n_params = sum(w.numel() for w in model.parameters())
+    p.say(f"{len(train_set)} training and {len(val_set)} validation pictures; {text.n_vocab} text tokens; "
+          f"{model_cfg.text_len}+{model_cfg.n_image} positions; {n_params / 1e6:.2f} M parameters; {precision} on "
+          f"{p.world} x {p.device.type}; from step {start} to {cfg.steps}")
+
+    # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
+    sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
+    loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
+    log, stop, saved = Log(out, p.main, start), Stop(p), start if resumed else -1
+    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not p.main):
+        last = step == cfg.steps
+        stopping = bool(stop)
+        if (step % cfg.eval_every == 0 and step > start) or last:
+            with ema.applied(model):
+                val_text, val_image = evaluate(model, val_set, cfg.eval_size, cfg.batch_size, p, precision)
+                if p.main:
+                    sheet = draw_samples(model, vq, text, prompts, cfg, p.device)
+                    save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(prompts))
+            log.write(step=step, val_text_loss=val_text, val_image_loss=val_image)
+            p.say(f"\nstep {step}: val loss text {val_text:.3f}, image {val_image:.3f} nats a token")
+            if p.main:
+                plot_log(out, ["image_loss", "text_loss", "grad_norm"])
+            log.rate(0)
+        if step != saved and (last or stopping or (step % cfg.save_every == 0 and step > start)):
+            all_cut = earlier_cut + int(p.sum([cut])[0])
+            if p.main:
+                save_state(out, step, model, ema, optimizer, scaler, n_cut=all_cut)
+                save_model(out, ema.state_dict(model), config | {"step": step})
+            p.barrier()
+        if last or stopping:
+            break
+
+        seed_step(cfg.seed, step, p.rank)
+        parts = [next(loader) for _ in range(cfg.accum)]
+        n_text = p.total(sum(model.n_text_targets(t) for t, _, _ in parts).float()).clamp_min(1)
+        n_image = cfg.batch_size * model_cfg.n_image
+        sums = torch.zeros(2, device=p.device)
+        for k, (ids, codes, n_cut) in enumerate(parts):
+            cut += n_cut
+            forward.require_backward_grad_sync = k == cfg.accum - 1
+            with autocast(p.device, precision):
+                text_loss, image_loss = forward(ids.to(p.device), codes.to(p.device))
+            loss = cfg.text_weight * text_loss / n_text + cfg.image_weight * image_loss / n_image
+            scaler.scale(loss * p.world).backward()  # x world: DDP takes the mean, and these are parts of a sum
+            sums += torch.stack([text_loss.detach() / n_text, image_loss.detach() / n_image])
+        norm = optimizer_step(model, optimizer, scaler, cfg, step)
+        ema.update(model, step)
+
+        if (step + 1) % cfg.log_every == 0:
+            text_loss, image_loss = p.sum(sums.tolist())
+            log.write(step=step + 1, loss=cfg.text_weight * text_loss + cfg.image_weight * image_loss,
+                      text_loss=text_loss, image_loss=image_loss, grad_norm=float(norm),
+                      lr=optimizer.param_groups[0]["lr"],
+                      tokens_per_s=log.rate(cfg.log_every * cfg.batch_size * model_cfg.length))
+    p.say(f"{out} holds step {step}; {skipped}; {all_cut} captions were too long and were cut")
+    p.close()
+
+
+if __name__ == "__main__":
+    run(main)
