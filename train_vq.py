@@ -7,9 +7,9 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
@@ -18,7 +18,6 @@ from minit2i.train import (EMA, Log, Processes, Stop, TrainConfig, autocast, has
                            optimizer_step, parse_flags, pick_precision, plot_log, run, save_image, save_model,
                            save_state, seed_step)
 from minit2i.vq import VQ, VQConfig
-from typing import Annotated
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,18 @@ def main():
             break
 
         seed_step(cfg.seed, step, p.rank)
-        latents, codes, loss_sum, se_sum, pixels = [], [], 0.0, 0.0, 0
-        for part in range(cfg.accum):
+        parts = []
+        for _ in range(cfg.accum):
             images, _, skips = next(loader)
             skipped.add(skips)
-            images = images.to(p.device, non_blocking=True)
-            forward.require_backward_grad_sync = part == cfg.accum - 1
+            parts.append(images.to(p.device, non_blocking=True))
+        if step == 0:
+            with torch.no_grad(), autocast(p.device, precision):
+                model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in parts]))
+        latents, codes, loss_sum, se_sum = [], [], 0.0, 0.0
+        for k, images in enumerate(parts):
+            forward.require_backward_grad_sync = k == cfg.accum - 1
             with autocast(p.device, precision):
-                if step == 0 and part == 0:
-                    model.quantizer.start(model.latents(images).flatten(0, 2).detach())
                 recon, z, c, quantizer_loss = forward(images)
             error = recon.float() - images
             loss = (error.abs() if cfg.recon == "l1" else error.square()).mean() + quantizer_loss.float()

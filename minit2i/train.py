@@ -254,13 +254,15 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self, model):
-        """Within: the model holds the averaged weights."""
+        """Within: the model holds the averaged weights and drops nothing out."""
         before = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(self.state_dict(model))
+        model.eval()
         try:
             yield
         finally:
             model.load_state_dict(before)
+            model.train()
 
 
 def optimizer_step(model, optimizer, scaler, cfg, step):
@@ -334,13 +336,13 @@ def save_model(folder, tensors, config, dtype=None):
 
 
 def load_model(folder, model):
-    """Weights of a checkpoint folder into a model built from its config; ValueError if they do not fit."""
+    """Weights of a checkpoint folder into a model built from its config, for use; ValueError if they do not fit."""
     tensors, _ = load_tensors(Path(folder, "model.safetensors"))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as e:
         raise ValueError(f"{folder}/model.safetensors does not fit its config.json: {e}") from e
-    return model
+    return model.eval()
 
 
 def save_state(folder, step, model, ema, optimizer, scaler, **meta):
@@ -385,7 +387,7 @@ class Log:
         if main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         if main and self.path.exists():  # a killed run logged past its last checkpoint: those steps come again
-            kept = [r for r in read_log(self.path) if r["step"] <= step and not ("loss" in r and r["step"] == step)]
+            kept = [r for r in read_log(self.path) if r["step"] <= step]
             write_file(self.path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def rate(self, work):

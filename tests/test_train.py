@@ -1,0 +1,337 @@
+"""The scripts: end to end, resumed, on two processes, and what users and disks do wrong."""
+
+import errno
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train_prior
+import train_vq
+from minit2i import train
+from minit2i.data import DataConfig
+from minit2i.gpt import GPTConfig
+from minit2i.sample import Painter, SampleConfig
+from minit2i.scenes import caption, render, scene_at
+from minit2i.vq import VQConfig
+
+ROOT = Path(__file__).parent.parent
+VQ_FLAGS = "--stride 8 --ch 8 --n_res 1 --n_codes 32 --code_dim 8 --size 32 --batch_size 8 --workers 0 --precision fp32 " \
+    "--log_every 1 --eval_size 8 --warmup 2".split()
+PRIOR_FLAGS = "--n_layer 2 --n_head 2 --n_embd 32 --size 32 --batch_size 8 --workers 0 --precision fp32 --log_every 1 " \
+    "--eval_size 8 --warmup 2 --text_len 16 --vocab_size 320 --dropout 0.1".split()
+
+
+def call(script, *argv):
+    """A script's main in this process."""
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    old, sys.argv = sys.argv, [script.__name__, *map(str, argv)]
+    try:
+        script.main()
+    finally:
+        sys.argv = old
+        for s, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+            signal.signal(s, handler)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(24):
+        scene = scene_at(0, i)
+        render(scene, 40).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(caption(scene, np.random.default_rng(i))[0])
+    return root
+
+
+@pytest.fixture(scope="module")
+def vq(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "vq"
+    call(train_vq, "--data", pictures, "--out", out, "--steps", 8, "--eval_every", 4, *VQ_FLAGS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def prior(pictures, vq, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "prior"
+    call(train_prior, "--data", pictures, "--vq", vq, "--out", out, "--cache", out.parent / "cache", "--steps", 8,
+         "--eval_every", 4, *PRIOR_FLAGS)
+    return out
+
+
+def losses(folder):
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in train.read_log(folder / "log.jsonl") if "loss" in r]
+
+
+def equal(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(v.equal(b[k]) for k, v in a.items())
+
+
+# --- end to end ---
+
+
+def test_a_run_leaves_what_it_should(vq, prior):
+    assert {"config.json", "model.safetensors", "log.jsonl", "loss.png", "reconstructions-000008.png"} <= set(os.listdir(vq))
+    assert {"config.json", "model.safetensors", "text.model", "vq", "samples-000008.png"} <= set(os.listdir(prior))
+    assert Image.open(vq / "loss.png").size[0] > 400
+    assert [s for s, _, _ in losses(prior)] == list(range(1, 9))
+    keys = set().union(*(r.keys() for r in train.read_log(prior / "log.jsonl")))
+    assert {"text_loss", "image_loss", "grad_norm", "tokens_per_s", "val_text_loss", "val_image_loss", "lr"} <= keys
+    keys = set().union(*(r.keys() for r in train.read_log(vq / "log.jsonl")))
+    assert {"psnr", "perplexity", "images_per_s", "val_psnr", "code_use"} <= keys
+
+
+def test_a_prior_folder_is_all_that_sampling_needs(prior, tmp_path):
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("config.json", "model.safetensors", "text.model"):
+        (moved / name).write_bytes((prior / name).read_bytes())
+    (moved / "vq").symlink_to(prior / "vq")
+    call(sample, "--model", moved, "--prompt", "a red circle", "--n", 2, "--out", tmp_path / "a.png", "--device", "cpu")
+    im = Image.open(tmp_path / "a.png")
+    assert im.size == (66, 32) and im.text["prompt"] == "a red circle"
+    assert json.loads(im.text["settings"])["cfg_scale"] == 3.0 and im.text["model"] == Painter(prior).hash
+
+
+def test_many_prompts_as_single_pictures_that_can_be_drawn_again(prior, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n\n\u0645\u0631\u062d\u0628\u0627 \U0001f600\n" + "long " * 99 + "\n")
+    call(sample, "--model", prior, "--prompts", tmp_path / "p.txt", "--n", 2, "--out", tmp_path / "many", "--batch", 3,
+         "--device", "cpu")
+    files = sorted((tmp_path / "many").iterdir())
+    assert len(files) == 6 and files[1].name == "00000-a-red-circle-1.png"
+    seed = json.loads(Image.open(files[1]).text["settings"])["seed"]
+    call(sample, "--model", prior, "--prompt", "a red circle", "--n", 1, "--seed", seed, "--out", tmp_path / "again.png",
+         "--device", "cpu")
+    assert np.array_equal(np.asarray(Image.open(files[1])), np.asarray(Image.open(tmp_path / "again.png")))
+
+
+def test_finishing_a_picture_keeps_its_first_rows_of_codes(prior, pictures):
+    painter = Painter(prior)
+    first = sample.first_codes(painter, pictures / "0.png", 2)
+    codes = painter.codes(["a red circle"], SampleConfig(n=3), first.repeat(3, 1))
+    assert first.shape == (1, 8) and codes[:, :8].eq(first).all() and codes.shape == (3, 16)
+
+
+def test_oblong_pictures_go_all_the_way(pictures, tmp_path):
+    oblong = ["--size", "32x16"]
+    call(train_vq, "--data", pictures, "--out", tmp_path / "vq", "--steps", 2, *VQ_FLAGS, *oblong)
+    call(train_prior, "--data", pictures, "--vq", tmp_path / "vq", "--out", tmp_path / "prior", "--cache", tmp_path / "c",
+         "--steps", 2, *PRIOR_FLAGS, *oblong, "--crops", 2, "--resize", 40)
+    call(sample, "--model", tmp_path / "prior", "--prompt", "", "--n", 1, "--out", tmp_path / "o.png", "--device", "cpu")
+    assert Image.open(tmp_path / "o.png").size == (16, 32)
+
+
+def test_the_second_run_reads_the_code_cache(prior, vq, pictures, monkeypatch):
+    monkeypatch.setattr(train_prior.CodeCache, "build", lambda *a, **k: pytest.fail("encoded again"))
+    call(train_prior, "--data", pictures, "--vq", vq, "--out", prior.parent / "second", "--cache", prior.parent / "cache",
+         "--steps", 1, *PRIOR_FLAGS)
+
+
+# --- resuming ---
+
+
+def stop_at(monkeypatch, script, step):
+    """As if SIGTERM came during that step."""
+    class Stop:
+        def __init__(self, processes):
+            self.asked = -1
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked == step
+    monkeypatch.setattr(script, "Stop", Stop)
+
+
+@pytest.mark.parametrize("which", ["vq", "prior"])
+def test_a_stopped_run_resumes_with_bit_equal_losses(which, vq, prior, pictures, tmp_path, monkeypatch):
+    script, whole = (train_vq, vq) if which == "vq" else (train_prior, prior)
+    flags = VQ_FLAGS if which == "vq" else [*PRIOR_FLAGS, "--vq", vq, "--cache", prior.parent / "cache"]
+    out = tmp_path / which
+    with monkeypatch.context() as m:
+        stop_at(m, script, 5)
+        call(script, "--data", pictures, "--out", out, "--steps", 8, "--eval_every", 4, *flags)
+    assert [s for s, _, _ in losses(out)] == [1, 2, 3, 4, 5]
+    with open(out / "log.jsonl", "a") as f:  # what a run killed later would leave
+        f.write('{"step": 6, "loss": 99.0, "grad_norm": 0.0}\n{"step": 7, "lo')
+    call(script, "--resume", "--out", out)
+    assert losses(out) == losses(whole)
+    assert equal(out / "model.safetensors", whole / "model.safetensors")
+    assert equal(out / "state" / "resume.safetensors", whole / "state" / "resume.safetensors")
+
+
+@pytest.mark.parametrize("which", ["vq", "prior"])
+def test_evaluating_more_often_changes_no_training_loss(which, vq, prior, pictures, tmp_path):
+    script, whole = (train_vq, vq) if which == "vq" else (train_prior, prior)
+    flags = VQ_FLAGS if which == "vq" else [*PRIOR_FLAGS, "--vq", vq, "--cache", prior.parent / "cache"]
+    call(script, "--data", pictures, "--out", tmp_path / "run", "--steps", 8, "--eval_every", 1, "--save_every", 3, *flags)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_workers_change_nothing(vq, pictures, tmp_path):
+    call(train_vq, "--data", pictures, "--out", tmp_path / "run", "--steps", 8, "--eval_every", 4, *VQ_FLAGS, "--workers", 2)
+    assert losses(tmp_path / "run") == losses(vq)
+
+
+def test_sigterm_saves_before_leaving(pictures, tmp_path):
+    run = subprocess.Popen([sys.executable, ROOT / "train_vq.py", "--data", pictures, "--out", tmp_path / "run", "--steps",
+                            "100000", *VQ_FLAGS], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in run.stdout:
+        if "from step 0" in line:
+            break
+    while not (tmp_path / "run" / "log.jsonl").exists() or len(train.read_log(tmp_path / "run" / "log.jsonl")) < 3:
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=30)
+    step = int(re.search(r"holds step (\d+)", out)[1])
+    assert run.returncode == 0 and step >= 3
+    _, meta = train.load_tensors(tmp_path / "run" / "state" / "resume.safetensors")
+    assert meta["step"] == step == losses(tmp_path / "run")[-1][0]
+
+
+@pytest.mark.parametrize("which", ["vq", "prior"])
+def test_two_processes_equal_one(which, vq, prior, pictures, tmp_path):
+    """DDP, summed code statistics, per-kind means over the whole batch; and accumulation on top."""
+    script, whole = (train_vq, vq) if which == "vq" else (train_prior, prior)
+    flags = VQ_FLAGS if which == "vq" else [*PRIOR_FLAGS, "--vq", vq, "--cache", prior.parent / "cache2", "--dropout", "0"]
+    if which == "prior":  # dropout draws differ between processes
+        call(train_prior, "--data", pictures, "--out", tmp_path / "one", "--steps", 8, *flags)
+        whole = tmp_path / "one"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    ROOT / f"{script.__name__}.py", "--data", pictures, "--out", tmp_path / "two", "--steps", "8",
+                    "--accum", "2", *map(str, flags)], cwd=ROOT, check=True, capture_output=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert np.allclose(losses(tmp_path / "two"), losses(whole), rtol=2e-3)
+    a, b = load_file(tmp_path / "two" / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+
+
+# --- users' faults and the world's ---
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--size", "30"], "not a multiple of the tokenizer's stride 8; use 24 or 32"),
+    (["--batch_size", "7", "--accum", "2"], "batch_size 7 does not divide into 2 parts"),
+    (["--data", "nowhere"], "neither a folder nor a tar shard"),
+    (["--quantizer", "magic"], "quantizer 'magic' is not known"),
+    (["--log_every", "0"], "log_every 0 is less than 1")])
+def test_bad_flags_are_clear_errors(flags, message, pictures, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(train_vq, "--data", pictures, "--out", tmp_path / "x", "--steps", 1, *VQ_FLAGS, *flags)
+
+
+def test_a_run_is_not_overwritten_nor_its_model_changed(vq, pictures):
+    before = (vq / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run; add --resume"):
+        call(train_vq, "--data", pictures, "--out", vq, *VQ_FLAGS)
+    with pytest.raises(ValueError, match=r"cannot change the model: --n_codes 64 \(the run has 32\)"):
+        call(train_vq, "--resume", "--out", vq, "--n_codes", 64)
+    assert (vq / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", ["vq as prior", "prior as vq", "nothing", "cut"])
+def test_wrong_checkpoints_are_clear_errors(wrong, vq, prior, tmp_path):
+    if wrong == "vq as prior":
+        with pytest.raises(ValueError, match="is not a prior"):
+            Painter(vq)
+    elif wrong == "prior as vq":
+        with pytest.raises(ValueError, match="is not a tokenizer"):
+            train_prior.load_vq(prior)
+    elif wrong == "nothing":
+        with pytest.raises(ValueError, match="no config.json in it"):
+            Painter(tmp_path)
+    else:
+        (tmp_path / "config.json").write_bytes((vq / "config.json").read_bytes())
+        (tmp_path / "model.safetensors").write_bytes((vq / "model.safetensors").read_bytes()[:5000])
+        with pytest.raises(ValueError, match="cannot be read as safetensors"):
+            train_prior.load_vq(tmp_path)
+
+
+def test_nothing_read_from_a_checkpoint_can_run_code(vq, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    (tmp_path / "config.json").write_bytes((vq / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        train_prior.load_vq(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("minit2i/*.py")):
+        assert not re.search(r"torch\.load\(|\bpickle\b|allow_pickle=True", source.read_text()), source
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    train.save_tensors(path, {"a": torch.ones(3)})
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write .*model.safetensors: No space left on device; what was there before is intact"):
+        train.save_tensors(path, {"a": torch.zeros(3)})
+    assert train.load_tensors(path)[0]["a"].eq(1).all() and os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_an_unwritable_folder_is_a_clear_error(pictures, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    run = subprocess.run([sys.executable, ROOT / "train_vq.py", "--data", pictures, "--out", tmp_path / "file" / "run",
+                          *VQ_FLAGS], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "error: " in run.stderr and "Traceback" not in run.stderr
+
+
+# --- configs ---
+
+
+@pytest.mark.parametrize("config", [VQConfig, GPTConfig, DataConfig, SampleConfig, train_vq.VQTrainConfig,
+                                    train_prior.PriorTrainConfig])
+def test_every_config_field_is_read_somewhere(config):
+    """A flag without effect is the commonest fault of training scripts."""
+    source = "".join(p.read_text() for p in (*ROOT.glob("*.py"), *ROOT.glob("minit2i/*.py")))
+    named = set(re.findall(r'getattr\(cfg, name\)', source)) and {"temperature", "top_k", "top_p"}
+    for f in fields(config):
+        assert re.search(rf"\.{f.name}\b", source) or f.name in named, f.name
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        call(train_prior, "--help")
+    text = capsys.readouterr().out
+    for config in (GPTConfig, DataConfig, train_prior.PriorTrainConfig):
+        for f in fields(config):
+            assert f"--{f.name}" in text or f.name in ("n_vocab", "n_codes", "grid_h", "grid_w")
+
+
+def test_learning_rate():
+    cfg = train.TrainConfig(out="", lr=1.0, warmup=10, steps=110, min_lr=0.1)
+    rates = [train.lr_at(s, cfg) for s in range(111)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and abs(rates[60] - 0.55) < 1e-9 and abs(rates[110] - 0.1) < 1e-9
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_ema_equals_a_loop():
+    model = torch.nn.Linear(3, 2)
+    ema, expected = train.EMA(model, 0.5), model.weight.detach().clone()
+    for step in range(6):
+        with torch.no_grad():
+            model.weight.add_(1)
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    assert torch.allclose(ema.weights["weight"], expected)
+    raw = model.weight.detach().clone()
+    with ema.applied(model):
+        assert torch.allclose(model.weight, expected)
+    assert model.weight.equal(raw)
