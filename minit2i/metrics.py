@@ -1,16 +1,27 @@
-"""metrics: how good pictures are, measured without a network where the data allows it."""
+"""How good tokenizers and priors are, measured without a network where the data allows it.
 
+    python -m minit2i.metrics scenes --model out/prior
+    python -m minit2i.metrics recall --model out/prior --prompts emoji/compose --among emoji/train
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
 
-import torch
 import numpy as np
+import torch
 from PIL import Image
 from scipy import ndimage
 
-from .scenes import (
-    BACKGROUNDS, CATEGORIES, COLORS, FILLS, RELATIONS, SHAPES, SIZES, Object, Scene, outline, render,
-)
+from minit2i.data import BadEntry, Folder, crop, to_pil
+from minit2i.sample import PRETRAINED, Painter, SampleConfig
+from minit2i.scenes import (BACKGROUNDS, CATEGORIES, COLORS, FILLS, RELATIONS, SHAPES, SIZES, Object, Scene, caption,
+                            outline, render, scene_at)
+from minit2i.train import add_flags, pick, run, write_file
 
 # --- the scene oracle ---
 # Reads generated scenes back out of pixels and says whether a caption's claim holds, as GenEval
@@ -223,3 +234,121 @@ def code_stats(counts):
     share = counts.double() / counts.sum().clamp_min(1)
     entropy = -(share * share.clamp_min(1e-12).log()).sum()
     return float((counts > 0).double().mean()), float(entropy.exp())
+
+
+# --- a prior on generated scenes ---------------------------------------------------------------------
+
+
+def scene_prompts(category, held_out, n, seed=1_000_003):
+    """n prompts of a category with their claims, from a seed that training does not use -> [(caption, claim, scene)]."""
+    prompts = []
+    for k in range(n):
+        scene = scene_at(seed, k, category=category, held_out=held_out)
+        prompts.append((*caption(scene, np.random.default_rng((seed, k, 1))), scene))
+    return prompts
+
+
+def scene_accuracy(painter, cfg, n=500, batch=250, say=print):
+    """Accuracy by category of one picture for each of n prompts, seen and held-out combinations apart.
+
+    painter: sample.Painter; cfg: SampleConfig -> {"seen": {category: accuracy, "overall": mean}, "held_out": ...,
+    "tokenizer": ...}; the last row is the oracle on true renders that went through the tokenizer and back, which no
+    prior can beat by more than luck.
+    """
+    table = {}
+    for split, held_out in (("seen", False), ("held_out", True)):
+        results, roundtrip = [], []
+        for category in CATEGORIES:
+            prompts = scene_prompts(category, held_out, n)
+            pictures = painter.paint([p[0] for p in prompts], replace(cfg, n=1), batch=batch, bar=False)
+            results += [(category, check_scene(to_pil(images[0]), claim, category))
+                        for (_, images), (_, claim, _) in zip(pictures, prompts)]
+            for first in range(0, n, batch):
+                some = prompts[first : first + batch]
+                images = torch.stack([crop(render(scene, *painter.size), painter.size) for _, _, scene in some])
+                images = painter.vq.decode(painter.vq.encode(images.to(painter.device)))
+                roundtrip += [(category, check_scene(to_pil(image), claim, category))
+                              for image, (_, claim, _) in zip(images, some)]
+            say(f"{split:8} {category:18} {score_scenes(results)[category]:.1%}")
+        table[split] = score_scenes(results)
+        table.setdefault("tokenizer", score_scenes(roundtrip))
+    return table
+
+
+# --- a prior on captions that compose ----------------------------------------------------------------
+
+
+@torch.no_grad()
+def picture_latents(painter, images, batch=64):
+    """images (B, 3, H, W) -> the tokenizer's latents before quantization, flattened (B, h*w*C)."""
+    parts = [painter.vq.latents(images[k : k + batch].to(painter.device)) for k in range(0, len(images), batch)]
+    return torch.cat(parts).flatten(1).float()
+
+
+def recall(painter, cfg, prompts, among=(), ignore=r" with .*skin tone$"):
+    """Draw one picture per caption of a folder; is the nearest of many pictures the caption's own?
+
+    prompts: folder of captioned pictures, each caption a prompt; among: further folders whose pictures compete.
+    Nearest by L2 between tokenizer latents.  Returns {"own": rate, "concept": rate, "n", "pictures"}: the nearest
+    picture is the caption's own, or has the same caption once the part that `ignore` matches is taken away;
+    and [(prompt, nearest caption)].
+    """
+    images, captions = [], []
+    for folder in (prompts, *among):
+        source = Folder(folder)
+        for i in range(len(source)):
+            try:
+                captions.append(source.captions(i)[0])
+                images.append(crop(source.picture(i), painter.size))
+            except BadEntry as e:
+                captions = captions[: len(images)]
+                print(f"skipped {source.key(i)}: {e}")
+        if folder == prompts:
+            n = len(images)
+    if not n:
+        raise ValueError(f"no captioned pictures in {prompts}")
+    known = picture_latents(painter, torch.stack(images))
+    drawn = torch.cat([im for _, im in painter.paint(captions[:n], replace(cfg, n=1), bar=True)])
+    nearest = torch.cdist(picture_latents(painter, drawn), known).argmin(1).tolist()
+
+    def concept(text):
+        return re.sub(ignore, "", text) if ignore else text
+
+    own = sum(i == k for k, i in enumerate(nearest)) / n
+    same = sum(concept(captions[i]) == concept(captions[k]) for k, i in enumerate(nearest)) / n
+    return {"own": own, "concept": same, "n": n, "pictures": len(images)}, [(captions[k], captions[i]) for k, i in enumerate(nearest)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    scenes = commands.add_parser("scenes", help="a prior's accuracy on generated scenes, by category")
+    scenes.add_argument("--prompts_per_category", type=int, default=500)
+    compose = commands.add_parser("recall", help="how often the picture drawn for a caption is nearest to the caption's own")
+    compose.add_argument("--prompts", required=True, help="folder of captioned pictures")
+    compose.add_argument("--among", nargs="*", default=[], help="further folders whose pictures compete")
+    compose.add_argument("--ignore", default=r" with .*skin tone$", help="what of a caption is not the concept: a pattern")
+    for command in (scenes, compose):
+        command.add_argument("--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]")
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--out", help="write the figures, settings and model hash to this JSON file")
+        add_flags(command, SampleConfig)
+    args = parser.parse_args()
+    painter, cfg = Painter(args.model, args.device), pick(SampleConfig, args)
+    if args.command == "scenes":
+        figures = scene_accuracy(painter, cfg, args.prompts_per_category)
+        for row, scores in figures.items():
+            print(f"{row:10}" + "".join(f" {name} {value:.1%} " for name, value in scores.items()))
+    else:
+        figures, pairs = recall(painter, cfg, args.prompts, args.among, args.ignore)
+        for prompt, found in pairs:
+            print(f"{prompt}  ->  {found}")
+        print("own picture {own:.1%}, right concept {concept:.1%} of {n} captions, among {pictures} pictures".format(**figures))
+    if args.out:
+        record = {"figures": figures, "settings": asdict(cfg), "model": painter.hash, "command": " ".join(sys.argv)}
+        write_file(args.out, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
