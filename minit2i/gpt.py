@@ -81,7 +81,7 @@ def rotary_tables(cfg):
 
 
 def rotate(x, cos, sin):
-    """x (B, H, S, K), cos and sin (S, K/2): turn each pair (x_i, x_{i+K/2})."""
+    """x (..., S, K), cos and sin (S, K/2): turn each pair (x_i, x_{i+K/2})."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
@@ -96,17 +96,35 @@ def make_norm(cfg, width):
 def attend(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt K + mask) v: q (B, H, S, K), k and v (B, H, M, K), mask (S, M) bool -> (B, H, S, K).
 
-    On a CPU, for training and up to 512 keys, products with a softmax in between beat the fused kernel,
-    whose backward is slow there.
+    Training on a CPU, up to 512 keys, uses products with a softmax in between: the fused kernel's backward
+    is slow there.  If causal, 64 queries at a time read only the keys up to the last of them.
     """
-    if q.device.type == "cpu" and q.requires_grad and k.shape[2] <= 512:
-        if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, S, M)
+    n = q.shape[2]
+    if q.device.type != "cpu" or not q.requires_grad or k.shape[2] > 512:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    if causal:
+        mask = torch.ones(n, n, dtype=torch.bool).tril()
+    q, out = q * q.shape[-1] ** -0.5, []
+    for i in range(0, n, 64 if causal else n):
+        j = min(i + 64, n) if causal else k.shape[2]  # keys read
+        score = q[:, :, i : i + 64 if causal else n] @ k[:, :, :j].transpose(-1, -2)  # (B, H, <=64, j)
         if mask is not None:
-            score = score + torch.zeros(mask.shape, dtype=score.dtype).masked_fill_(~mask, -math.inf)
-        return score.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            seen = mask[i : i + score.shape[2], :j]
+            score = score + torch.zeros(seen.shape, dtype=score.dtype).masked_fill_(~seen, -math.inf)
+        out.append(score.softmax(-1) @ v[:, :, :j])
+    return torch.cat(out, 2)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias.  On a CPU and for few rows, as in decoding, W x^T reads the weights about twice as fast."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and x.shape[1] == 1 and len(x) <= 4:
+            return (self.weight @ x[:, 0].t()).t()[:, None]
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -115,19 +133,19 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.head_size = cfg, cfg.n_embd // cfg.n_head
-        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
-        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.out = Linear(cfg.n_embd, cfg.n_embd)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
 
     def forward(self, x, start, rope, kv):
         """Positions start ... start+S-1.  kv: this layer's cache (keys, values), each (B, H, L, K), written here."""
         b, s, d = x.shape
-        q, k, v = self.qkv(x).view(b, s, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)  # 3 x (B, H, S, K)
+        q, k, v = self.qkv(x).reshape(b, s, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)  # 3 x (B, H, S, K)
         if self.cfg.qk_norm:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate(torch.stack([q, k]), *rope)
         if kv is not None:
             kv[0][:, :, start : start + s], kv[1][:, :, start : start + s] = k, v
             k, v = kv[0][:, :, : start + s], kv[1][:, :, : start + s]
@@ -151,8 +169,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = cfg.mlp == "swiglu"
         inner = round(cfg.n_embd * 8 / 3 / 32) * 32 if self.gated else 4 * cfg.n_embd
-        self.up = nn.Linear(cfg.n_embd, 2 * inner if self.gated else inner, bias=False)
-        self.down = nn.Linear(inner, cfg.n_embd, bias=False)
+        self.up = Linear(cfg.n_embd, 2 * inner if self.gated else inner)
+        self.down = Linear(inner, cfg.n_embd)
 
     def forward(self, x):
         x = self.up(x)
@@ -208,8 +226,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg, cfg.n_embd)
-        self.text_head = nn.Linear(cfg.n_embd, cfg.n_vocab, bias=False)
-        self.image_head = nn.Linear(cfg.n_embd, cfg.n_codes, bias=False)
+        self.text_head = Linear(cfg.n_embd, cfg.n_vocab)
+        self.image_head = Linear(cfg.n_embd, cfg.n_codes)
         for name, p in self.named_parameters():  # GPT-2: 0.02, less where branches join the residual stream
             if p.dim() >= 2:
                 joins = name.endswith(("attn.out.weight", "mlp.down.weight"))

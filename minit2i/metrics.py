@@ -25,9 +25,10 @@ from minit2i.train import add_flags, pick, run, write_file
 
 # --- the scene oracle ---
 # Reads generated scenes back out of pixels and says whether a caption's claim holds, as GenEval
-# (arXiv:2310.11513) does with a detector.  Measured: of 2,000 true pictures each, these shares pass on everything
-# said.  64x64 clean, noise of 8/255, blur of 0.7 px, 128x128 and 96x64: 100 %; JPEG 75: 99.5 %; edges wobbled by
-# 0.7 px with shifted colours and specks, as a poor tokenizer does: 98.6 %.  The constants below were tuned on these.
+# (arXiv:2310.11513) does with a detector.  Measured: of 2,000 true pictures each, these shares pass on
+# everything said.  64x64 clean, noise of 8/255, blur of 0.7 px, 128x128 and 96x64: 100 %; JPEG 75: 99.5 %;
+# edges wobbled by 0.7 px, colours shifted and specks added, as a poor tokenizer does: 98.6 %.
+# The constants below were tuned on these.
 
 FAR = 50  # RGB distance from the background that makes a pixel part of an object
 UNLIKE = 75  # RGB distance beyond which a colour is none of the palette; no two of those are nearer than 100
@@ -38,7 +39,7 @@ SKEW = 1.5  # ratio of width to height, after the shape's own, beyond which an o
 GRID = 24  # templates and objects are compared on a GRID x GRID raster of their bounding boxes
 BLURS = (0, 0.04, 0.08)  # of the templates, over their width: small objects and JPEG lose their edges
 
-# What each GenEval category looks at: object fields, whether the number must be exact, whether the layout counts
+# What each GenEval category looks at: object fields, whether the number is exact, whether the layout counts
 CHECKS = {
     None: (("color", "shape", "size", "fill"), True, True),  # everything the caption says, background too
     "single_object": (("shape", "size", "fill"), True, False),
@@ -149,7 +150,7 @@ def _fit(alpha):
     low, high = np.array([xs[0], ys[0]]), np.array([xs[-1] + 1, ys[-1] + 1])
     steps = (-(high - low).min() / 18, 0, 1)
     boxes = [np.array([low - (side, up), high + (side, down)]) for side, up, down in product(steps, repeat=3)]
-    scores = np.einsum("bg,kg->bk", _rasters(alpha, boxes), templates)  # no BLAS: its threads cost more than this
+    scores = np.einsum("bg,kg->bk", _rasters(alpha, boxes), templates)  # BLAS threads would cost more here
     box, best = np.unravel_index(scores.argmax(), scores.shape)
     shape, fill = names[best]
     low, high = boxes[box]

@@ -118,7 +118,7 @@ def generate(model, text, empty, cfg, first=None, progress=None):
             given = codes[:, :m].repeat(2 if guided else 1, 1)
             hidden = model.trunk(model.code_ids(given), t, cache)[:, -1:]
     for i in range(m, n_image):
-        logits = model.image_head(hidden[:, 0]).float()  # (2B, V)
+        logits = model.image_head(hidden)[:, 0].float()  # (2B, V)
         if guided:
             rise = (i + 1) / n_image if cfg.cfg_schedule == "rising" else 1.0
             logits = guide(*logits.chunk(2), 1 + (cfg.cfg_scale - 1) * rise)

@@ -74,10 +74,14 @@ def test_cached_logits_equal_full_ones_at_every_position(variant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpu_training_attention_equals_the_fused_one(dtype):
-    q, k, v = (torch.randn(2, 3, 10, 8, dtype=dtype) for _ in range(3))
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-    ours = attend(q.requires_grad_(), k, v, causal=True)
-    assert torch.allclose(ours.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
+    q, k, v = (torch.randn(2, 3, 150, 8, dtype=dtype) for _ in range(3))  # three blocks of queries
+    mask = torch.rand(150, 150) < 0.5
+    mask |= torch.eye(150, dtype=torch.bool)
+    for how in ({"causal": True}, {"mask": mask}, {}):
+        args = dict(attn_mask=how.get("mask"), is_causal=how.get("causal", False))
+        expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **args)
+        ours = attend(q.clone().requires_grad_(), k, v, **how)
+        assert torch.allclose(ours.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2), how
 
 
 def test_loss_equals_one_by_hand_and_pads_are_no_targets():

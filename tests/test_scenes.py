@@ -115,13 +115,13 @@ def test_the_models_own_prompt_is_one_of_the_captions():
     ((96, 64), lambda image: image), ((64, 96), lambda image: image),
 ], ids=["clean", "jpeg", "noise", "tall", "wide"])
 def test_true_pictures_pass(size, corrupt):
-    passed = 0
-    for k in range(300):
+    n, passed = 300 if size == (64, 64) else 100, 0
+    for k in range(n):
         scene = scene_at(5, k, held_out=k % 3 == 0)
         image = corrupt(render(scene, *size))
         assert np.shape(image) == (*size, 3)
         passed += check_scene(image, caption(scene, np.random.default_rng(k))[1])
-    assert passed >= 297
+    assert passed >= 0.99 * n
 
 
 def test_read_scene_gives_back_every_field():
@@ -136,7 +136,8 @@ def test_read_scene_gives_back_every_field():
 
 def test_pictures_of_nothing_are_read_without_complaint():
     rng = np.random.default_rng(0)
-    for image in (np.zeros((32, 32, 3)), rng.integers(0, 256, (64, 64, 3)), np.eye(40)[:, :, None] * [255] * 3):
+    line = np.eye(40)[:, :, None].repeat(3, axis=2) * 255
+    for image in (np.zeros((32, 32, 3)), rng.integers(0, 256, (64, 64, 3)), line):
         seen = read_scene(image.astype(np.uint8))
         assert not any(o.color and o.shape for o in seen.objects)
 
@@ -161,7 +162,7 @@ WRONG = {
     "striped": lambda s: first(s, fill="striped"),
     "resized": lambda s: first(s, size="small", r=SIZES["small"]),
     "one missing": lambda s: replace(s, objects=s.objects[:1]),
-    "one extra": lambda s: replace(s, objects=(*s.objects, Object("red", "star", "small", "filled", .85, .85, .11))),
+    "one extra": lambda s: replace(s, objects=(*s.objects, replace(s.objects[1], x=0.85, y=0.85))),
     "swapped": swapped,
     "one moved": lambda s: first(s, x=1 - s.objects[0].x),
     "background": lambda s: replace(s, background=another(BACKGROUNDS, s.background)),
@@ -170,10 +171,10 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_pictures_fail(wrong):
-    """On every pair of looks: a claim that passes for its own picture fails once one thing is changed."""
+    """A claim that passes for its own picture fails once one thing is changed."""
     looks = list(itertools.product(COLORS, SHAPES))
-    for k, (color, shape) in enumerate(looks):
-        other = looks[(k * 7 + 11) % len(looks)]
+    for k in range(0, len(looks), 2):
+        (color, shape), other = looks[k], looks[(k * 7 + 11) % len(looks)]
         scene = Scene((Object(color, shape, "large", "filled", 0.22, 0.3, 0.18),
                        Object(*other, "small", "filled", 0.7, 0.35, 0.11)),
                       list(BACKGROUNDS)[k % 3], relation=("left of", 0, 1))
@@ -184,16 +185,22 @@ def test_wrong_pictures_fail(wrong):
 @pytest.mark.parametrize("place", ["left", "top"])
 def test_a_place_word_is_looked_at(place):
     claim = Scene((Object("red", "circle"),), place=place)
-    seen = [check_scene(render(Scene((Object("red", "circle", "small", "filled", x, y, 0.11),), "gray"), 64), claim)
-            for x, y in ((0.2, 0.5), (0.5, 0.2), (0.2, 0.2), (0.5, 0.5), (0.8, 0.5))]
-    assert seen == [place == "left", place == "top", False, False, False]
+    scenes = [Scene((Object("red", "circle", "small", "filled", x, y, 0.11),), "gray")
+              for x, y in ((0.2, 0.5), (0.5, 0.2), (0.2, 0.2), (0.5, 0.5), (0.8, 0.5))]
+    passed = [check_scene(render(scene, 64), claim) for scene in scenes]
+    assert passed == [place == "left", place == "top", False, False, False]
 
 
 def test_categories_look_at_what_geneval_looks_at():
     scene = Scene((Object("red", "circle", "large", "filled", 0.25, 0.3, 0.18),
-                   Object("blue", "square", "small", "filled", 0.75, 0.3, 0.11)), "white", relation=("left of", 0, 1))
-    exchanged = replace(scene, objects=tuple(replace(o, color=c) for o, c in zip(scene.objects, ("blue", "red"))))
-    pictures = {"exchanged colours": exchanged, "swapped": swapped(scene), "one extra": WRONG["one extra"](scene)}
+                   Object("blue", "square", "small", "filled", 0.75, 0.3, 0.11)),
+                  "white", relation=("left of", 0, 1))
+    a, b = scene.objects
+    pictures = {
+        "exchanged colours": replace(scene, objects=(replace(a, color="blue"), replace(b, color="red"))),
+        "swapped": swapped(scene),
+        "one extra": WRONG["one extra"](scene),
+    }
     passed = {name: {c for c in CATEGORIES if check_scene(render(picture, 64), scene, c)}
               for name, picture in pictures.items()}
     assert passed == {
