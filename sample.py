@@ -1,9 +1,9 @@
 """Draw pictures for prompts.
 
-    python sample.py --prompt "a large red circle above a small blue square"
-    python sample.py --model out/prior --prompt "woman pilot" --n 16 --cfg_scale 3
-    python sample.py --model out/prior --prompts prompts.txt --out out/pictures
-    python sample.py --prompt "three green triangles" --image scene.png --keep_rows 4
+python sample.py --prompt "a large red circle above a small blue square"
+python sample.py --model out/prior --prompt "woman pilot" --n 16 --cfg_scale 3
+python sample.py --model out/prior --prompts prompts.txt --out out/pictures
+python sample.py --prompt "three green triangles" --image scene.png --keep_rows 4
 """
 
 import argparse
@@ -33,12 +33,15 @@ def first_codes(painter, path, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]")
     parser.add_argument("--prompt", help="what to draw; '' draws without a caption")
     parser.add_argument("--prompts", help="a text file with one prompt a line")
-    parser.add_argument("--out", default="sample.png", help="NAME.png for a grid, or a folder for single PNGs [sample.png]")
+    parser.add_argument(
+        "--out", default="sample.png", help="NAME.png for a grid, or a folder for single PNGs [sample.png]"
+    )
     parser.add_argument("--image", help="a picture to finish: its first --keep_rows rows of codes are kept")
     parser.add_argument("--keep_rows", type=int, default=0, help="rows of codes kept of --image [half of them]")
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time [64]")
@@ -52,8 +55,11 @@ def main():
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    prompts = [args.prompt] if args.prompts is None else \
-        [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = (
+        [args.prompt]
+        if args.prompts is None
+        else [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    )
     if not prompts:
         raise ValueError(f"no prompts in {args.prompts}")
 
@@ -61,7 +67,9 @@ def main():
     first = None
     if args.image:
         first = first_codes(painter, args.image, args.keep_rows or painter.prior.cfg.grid_h // 2)
-    settings = asdict(cfg) | ({"image": args.image, "keep_rows": first.shape[1] // painter.prior.cfg.grid_w} if args.image else {})
+    settings = asdict(cfg) | (
+        {"image": args.image, "keep_rows": first.shape[1] // painter.prior.cfg.grid_w} if args.image else {}
+    )
     sheet, out = [], Path(args.out)
     for k, (prompt, images) in enumerate(painter.paint(prompts, cfg, first, args.batch, bar=True)):
         if out.suffix.lower() == ".png":
@@ -69,12 +77,22 @@ def main():
             continue
         name = re.sub(r"[^\w]+", "-", prompt)[:60].strip("-") or "picture"
         for i, image in enumerate(images):
-            save_image(out / f"{k:05d}-{name}-{i}.png", to_pil(image), prompt=prompt, model=painter.hash,
-                       settings=json.dumps(settings | {"seed": cfg.seed + i}))
+            save_image(
+                out / f"{k:05d}-{name}-{i}.png",
+                to_pil(image),
+                prompt=prompt,
+                model=painter.hash,
+                settings=json.dumps(settings | {"seed": cfg.seed + i}),
+            )
     if sheet:
         columns = cfg.n if len(prompts) > 1 else min(cfg.n, max(4, round(cfg.n**0.5)))
-        save_image(out, grid_image(torch.cat(sheet), columns), prompt="\n".join(prompts), model=painter.hash,
-                   settings=json.dumps(settings))
+        save_image(
+            out,
+            grid_image(torch.cat(sheet), columns),
+            prompt="\n".join(prompts),
+            model=painter.hash,
+            settings=json.dumps(settings),
+        )
     cut = painter.text.n_cut
     print(f"{out}: {cfg.n} x {len(prompts)} pictures" + (f"; {cut} prompts were too long and were cut" if cut else ""))
 

@@ -10,17 +10,34 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from minit2i.data import (BadEntry, CodeCache, Coded, DataConfig, Skipped, StepSampler, Text, grid_image, make_loader,
-                          parse_size, split)
+from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.sample import SampleConfig, file_hash, generate, load_vq
-from minit2i.train import (EMA, Log, Processes, Stop, TrainConfig, autocast, has_state, load_state, make_optimizer,
-                           optimizer_step, parse_flags, pick_precision, plot_log, run, save_image, save_model,
-                           save_state, seed_step, write_file)
+from minit2i.tokens import CodeCache, Coded, Text
+from minit2i.train import (
+    EMA,
+    Log,
+    Processes,
+    Stop,
+    TrainConfig,
+    autocast,
+    has_state,
+    load_state,
+    make_optimizer,
+    optimizer_step,
+    parse_flags,
+    pick_precision,
+    plot_log,
+    run,
+    save_image,
+    save_model,
+    save_state,
+    seed_step,
+    write_file,
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +67,14 @@ def collate(samples):
 
 def train_text(source, indices, vocab_size, most=50_000):
     """A SentencePiece model on at most `most` entries' captions, evenly spaced over the training set."""
+
     def captions():
         for i in indices[:: max(1, len(indices) // most)]:
             try:
                 yield from source.captions(int(i))
             except BadEntry:
                 pass
+
     return Text.train(captions(), vocab_size)
 
 
@@ -64,11 +83,25 @@ def coded_set(source, indices, data_cfg, cfg, vq, vq_hash, seed, p, precision):
     crops = cfg.crops if seed is not None else 1
     folder = CodeCache.folder(cfg.cache, source, indices, data_cfg, crops, cfg.seed, vq_hash)
     if any(p.gather(not folder.exists())):
+
         def encode(images):
             with autocast(p.device, precision):
                 return vq.encode(images.to(p.device))
-        CodeCache.build(folder, source, indices, data_cfg, crops, cfg.seed, encode, vq.grid(*parse_size(data_cfg.size)),
-                        vq.cfg.n_codes, p.rank, p.world, p.barrier)
+
+        CodeCache.build(
+            folder,
+            source,
+            indices,
+            data_cfg,
+            crops,
+            cfg.seed,
+            encode,
+            vq.grid(*parse_size(data_cfg.size)),
+            vq.cfg.n_codes,
+            p.rank,
+            p.world,
+            p.barrier,
+        )
     return CodeCache(folder)
 
 
@@ -141,9 +174,11 @@ def main():
         forward = torch.compile(forward)
     config = {"kind": "prior", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
     n_params = sum(w.numel() for w in model.parameters())
-    p.say(f"{len(train_set)} training and {len(val_set)} validation pictures; {text.n_vocab} text tokens; "
-          f"{model_cfg.text_len}+{model_cfg.n_image} positions; {n_params / 1e6:.2f} M parameters; {precision} on "
-          f"{p.world} x {p.device.type}; from step {start} to {cfg.steps}")
+    p.say(
+        f"{len(train_set)} training and {len(val_set)} validation pictures; {text.n_vocab} text tokens; "
+        f"{model_cfg.text_len}+{model_cfg.n_image} positions; {n_params / 1e6:.2f} M parameters; {precision} on "
+        f"{p.world} x {p.device.type}; from step {start} to {cfg.steps}"
+    )
 
     # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
     sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
@@ -190,10 +225,15 @@ def main():
 
         if (step + 1) % cfg.log_every == 0:
             text_loss, image_loss = p.sum(sums.tolist())
-            log.write(step=step + 1, loss=cfg.text_weight * text_loss + cfg.image_weight * image_loss,
-                      text_loss=text_loss, image_loss=image_loss, grad_norm=float(norm),
-                      lr=optimizer.param_groups[0]["lr"],
-                      tokens_per_s=log.rate(cfg.log_every * cfg.batch_size * model_cfg.length))
+            log.write(
+                step=step + 1,
+                loss=cfg.text_weight * text_loss + cfg.image_weight * image_loss,
+                text_loss=text_loss,
+                image_loss=image_loss,
+                grad_norm=float(norm),
+                lr=optimizer.param_groups[0]["lr"],
+                tokens_per_s=log.rate(cfg.log_every * cfg.batch_size * model_cfg.length),
+            )
     p.say(f"{out} holds step {step}; {skipped}; {all_cut} captions were too long and were cut")
     p.close()
 

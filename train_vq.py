@@ -1,8 +1,8 @@
 """Stage 1: train a tokenizer on pictures.
 
-    python train_vq.py --data path/to/pictures --out out/vq
-    python train_vq.py --data 'shards/{00000..00041}.tar' --out out/vq --size 256 --stride 8
-    torchrun --nproc_per_node 8 train_vq.py --data path/to/pictures --out out/vq --batch_size 256
+python train_vq.py --data path/to/pictures --out out/vq
+python train_vq.py --data 'shards/{00000..00041}.tar' --out out/vq --size 256 --stride 8
+torchrun --nproc_per_node 8 train_vq.py --data path/to/pictures --out out/vq --batch_size 256
 """
 
 from dataclasses import asdict, dataclass
@@ -14,9 +14,26 @@ from tqdm import tqdm
 
 from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
 from minit2i.metrics import code_stats, psnr
-from minit2i.train import (EMA, Log, Processes, Stop, TrainConfig, autocast, has_state, load_state, make_optimizer,
-                           optimizer_step, parse_flags, pick_precision, plot_log, run, save_image, save_model,
-                           save_state, seed_step)
+from minit2i.train import (
+    EMA,
+    Log,
+    Processes,
+    Stop,
+    TrainConfig,
+    autocast,
+    has_state,
+    load_state,
+    make_optimizer,
+    optimizer_step,
+    parse_flags,
+    pick_precision,
+    plot_log,
+    run,
+    save_image,
+    save_model,
+    save_state,
+    seed_step,
+)
 from minit2i.vq import VQ, VQConfig
 
 
@@ -74,8 +91,10 @@ def main():
         forward = torch.compile(forward)
     config = {"kind": "vq", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
     n_params = sum(w.numel() for w in model.parameters())
-    p.say(f"{len(train)} training and {len(val)} validation pictures; {n_params / 1e6:.2f} M parameters; {precision} "
-          f"on {p.world} x {p.device.type}; from step {start} to {cfg.steps}")
+    p.say(
+        f"{len(train)} training and {len(val)} validation pictures; {n_params / 1e6:.2f} M parameters; {precision} "
+        f"on {p.world} x {p.device.type}; from step {start} to {cfg.steps}"
+    )
 
     # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
     sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
@@ -92,7 +111,9 @@ def main():
             log.write(step=step, val_psnr=value, code_use=use, perplexity=perplexity)
             p.say(f"\nstep {step}: val PSNR {value:.2f} dB, {use:.1%} of the codes used, perplexity {perplexity:.0f}")
             if p.main:
-                save_image(Path(cfg.out, f"reconstructions-{step:06d}.png"), grid_image(torch.cat(shown), len(shown[0])))
+                save_image(
+                    Path(cfg.out, f"reconstructions-{step:06d}.png"), grid_image(torch.cat(shown), len(shown[0]))
+                )
                 plot_log(cfg.out, ["loss", "psnr", "perplexity"])
             log.rate(0)
         if step != saved and (last or stopping or (step % cfg.save_every == 0 and step > start)):
@@ -130,9 +151,15 @@ def main():
         if (step + 1) % cfg.log_every == 0:
             loss, se = (v / p.world for v in p.sum([float(loss_sum), float(se_sum)]))
             count = model.quantizer.ema_count
-            log.write(step=step + 1, loss=loss, psnr=float(10 * torch.tensor(4 / se).log10()), grad_norm=float(norm),
-                      lr=optimizer.param_groups[0]["lr"], perplexity=code_stats(count)[1],
-                      images_per_s=log.rate(cfg.log_every * cfg.batch_size))
+            log.write(
+                step=step + 1,
+                loss=loss,
+                psnr=float(10 * torch.tensor(4 / se).log10()),
+                grad_norm=float(norm),
+                lr=optimizer.param_groups[0]["lr"],
+                perplexity=code_stats(count)[1],
+                images_per_s=log.rate(cfg.log_every * cfg.batch_size),
+            )
     p.say(f"{cfg.out} holds step {step}; {skipped}")
     p.close()
 

@@ -54,6 +54,7 @@ def prior_step(model, batch, device, precision, compiled):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
     return step
 
 
@@ -68,6 +69,7 @@ def vq_step(model, images, device, precision):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.quantizer.update(z, codes, 0)
+
     return step
 
 
@@ -104,13 +106,19 @@ def main():
                 times[name].append(t)
     t = {name: statistics.median(v) for name, v in times.items()}
     peak, flops = 2 * n**3 / t["matrix product"], training_flops(PRIOR, args.batch)
-    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}; "
-          f"prior {PRIOR.n_layer} layers, {PRIOR.n_embd} wide, {PRIOR.text_len}+{PRIOR.n_image} positions")
+    print(
+        f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}; "
+        f"prior {PRIOR.n_layer} layers, {PRIOR.n_embd} wide, {PRIOR.text_len}+{PRIOR.n_image} positions"
+    )
     print(f"matrix product {n}^3     {peak / 1e12:8.2f} TFLOP/s")
-    print(f"train prior, batch {args.batch:3}  {args.batch * PRIOR.length / t['train prior']:8.0f} tokens/s, "
-          f"{flops / t['train prior'] / peak:.0%} of the matrix product")
+    print(
+        f"train prior, batch {args.batch:3}  {args.batch * PRIOR.length / t['train prior']:8.0f} tokens/s, "
+        f"{flops / t['train prior'] / peak:.0%} of the matrix product"
+    )
     for b in (1, 16):
-        print(f"sample, batch {b:2} guided {t[f'sample, batch {b}'] / b:8.3f} s a picture of {PRIOR.n_image} codes (float32)")
+        print(
+            f"sample, batch {b:2} guided {t[f'sample, batch {b}'] / b:8.3f} s a picture of {PRIOR.n_image} codes (float32)"
+        )
     print(f"train tokenizer        {32 / t['train tokenizer']:8.0f} images/s at 64x64, stride {vq.cfg.stride}")
     print(f"encode                 {32 / t['encode']:8.0f} images/s (float32)")
 

@@ -1,20 +1,16 @@
-"""Captioned pictures: where they come from, how they are cropped, how captions become tokens.
+"""Captioned pictures: where they come from, how they are cropped, in which order they are read.
 
 A source knows its entries by number: `key(i)`, `picture(i) -> PIL image`, `captions(i) -> [str]`.
-`Pictures` turns a source into the (image tensor, caption) samples of stage 1; `CodeCache` and
-`Coded` into the (text ids, codes) samples of stage 2.  Every sample is a pure function of
+`Pictures` turns a source into (image tensor, caption) samples, each a pure function of
 (seed, position), so that resuming, more workers or more processes change nothing.
 
-Shapes: B batch, T text length, H W picture, h w code grid, N = h*w.
+Shapes: B batch, H W picture.
 """
 
 import glob
-import hashlib
 import io
-import json
 import os
 import re
-import shutil
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -22,10 +18,8 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import sentencepiece
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from minit2i.scenes import caption, render, scene_at
 
@@ -305,8 +299,10 @@ def open_source(spec, cfg):
             names = sorted(glob.glob(spec)) or [spec]
         missing = [n for n in names if not os.path.isfile(n)]
         if missing:
-            raise ValueError(f"{missing[0]} is neither a folder nor a tar shard; --data takes 'scenes', a folder, "
-                             "or shards as path, glob or {00000..00041}")
+            raise ValueError(
+                f"{missing[0]} is neither a folder nor a tar shard; --data takes 'scenes', a folder, "
+                "or shards as path, glob or {00000..00041}"
+            )
         source = Shards(names)
     if not len(source):
         raise ValueError(f"no pictures in {spec}; looked for {' '.join(EXTENSIONS)}")
@@ -433,194 +429,6 @@ class StepSampler:
 
 def make_loader(dataset, sampler, workers, collate_fn):
     """A DataLoader over the sampler's positions, in their order whatever the number of workers."""
-    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn,
-                                       pin_memory=torch.cuda.is_available())
-
-
-# --- text --------------------------------------------------------------------------------------------
-
-
-class Text:
-    """SentencePiece BPE: lowercased, NFKC, with byte fallback, so that any Unicode prompt has ids.
-
-    A caption becomes [BOS] ids [EOS] and pads, an empty one [BOS] and pads; pad t is a token of its own
-    for each text position (DALL-E, arXiv:2102.12092 sec. 2.2): id n_vocab + t.
-    """
-
-    def __init__(self, proto, length):
-        self.proto, self.length = proto, length  # proto: bytes of the SentencePiece model
-        self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        self.n_vocab = len(self.sp)
-        self.rank = {self.sp.id_to_piece(i): self.sp.get_score(i) for i in range(self.n_vocab)
-                     if not (self.sp.is_byte(i) or self.sp.is_control(i) or self.sp.is_unknown(i))}
-        self.n_cut = 0
-
-    @staticmethod
-    def train(captions, vocab_size):
-        """captions: iterable of str -> bytes of a SentencePiece model of at most vocab_size tokens."""
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(captions), model_writer=model, vocab_size=vocab_size, model_type="bpe",
-                normalization_rule_name="nfkc_cf", byte_fallback=True, character_coverage=1.0,
-                hard_vocab_limit=False, num_threads=1, minloglevel=2)
-        except RuntimeError as e:
-            raise ValueError(f"no text model of {vocab_size} tokens can be trained on these captions ({e}); "
-                             "use a larger --vocab_size") from None
-        return model.getvalue()
-
-    def pieces(self, caption, dropout=0.0, rng=None):
-        """caption -> ids, without BOS and EOS.
-
-        With dropout each possible merge of a word is left out with that probability, anew before every
-        merge (BPE-dropout, arXiv:1910.13267 algorithm 1).  SentencePiece has something like it, but
-        cannot be re-seeded, and resuming needs that.
-        """
-        caption = " ".join(caption.split())
-        if not dropout:
-            return self.sp.encode(caption)
-        symbols = [s for word in re.findall("\u2581?[^\u2581]+", self.sp.normalize(caption))
-                   for s in self.merge(list(word), dropout, rng)]
-        ids = []
-        for s in symbols:
-            ids += [self.sp.piece_to_id(s)] if s in self.rank else [self.sp.piece_to_id(f"<0x{b:02X}>") for b in s.encode()]
-        return ids
-
-    def merge(self, symbols, dropout, rng):
-        """The characters of a word -> its pieces."""
-        while True:
-            merges = [(-self.rank[a + b], k) for k, (a, b) in enumerate(zip(symbols, symbols[1:])) if a + b in self.rank]
-            merges = [m for m in merges if rng.random() >= dropout]
-            if not merges:
-                return symbols
-            k = min(merges)[1]
-            symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
-
-    def encode(self, caption, dropout=0.0, rng=None):
-        """caption -> ids (T,).  One too long is cut, and counted in n_cut.  Empty: the unconditional text."""
-        ids = self.pieces(caption, dropout, rng)
-        if len(ids) > self.length - 2:
-            ids = ids[: self.length - 2]
-            self.n_cut += 1
-        ids = [self.sp.bos_id(), *ids, self.sp.eos_id()] if ids else [self.sp.bos_id()]
-        return torch.tensor(ids + [self.n_vocab + t for t in range(len(ids), self.length)])
-
-    def decode(self, ids):
-        """ids (T,) -> the caption."""
-        return self.sp.decode([int(i) for i in ids if int(i) < self.n_vocab])
-
-
-# --- samples of stage 2 ------------------------------------------------------------------------------
-
-
-class CodeCache:
-    """The codes of a whole set in a memory-mapped file, made once by the frozen tokenizer.
-
-    codes: memmap (n, crops, h, w); ok: (n,) False where the entry could not be used.
-    The folder's name is a hash of all it depends on: tokenizer, listing, size, crops, seed.
-    """
-
-    def __init__(self, folder):
-        self.codes = np.load(folder / "codes.npy", mmap_mode="r")
-        self.ok = np.load(folder / "ok.npy")
-        self.skipped = json.loads((folder / "skipped.json").read_text())
-
-    @staticmethod
-    def folder(root, source, indices, cfg, crops, seed, vq_hash):
-        digest = hashlib.sha256(json.dumps([vq_hash, type(source).__name__, cfg.size, cfg.resize, cfg.flip,
-                                            cfg.captions, crops, seed]).encode())
-        for i in indices:
-            digest.update(f"{source.key(i)}\0{source.stamp(i)}\n".encode("utf-8", "replace"))
-        return Path(root) / f"codes-{digest.hexdigest()[:16]}"
-
-    @staticmethod
-    def build(folder, source, indices, cfg, crops, seed, encode, grid, n_codes, rank=0, world=1, barrier=lambda: None,
-              batch=64):
-        """Encode every entry, each process a share; encode: images (B, 3, H, W) -> codes (B, h, w).
-
-        Central crop if crops is 1, else crops random ones.  Appears under its name when complete.
-        """
-        part = folder.with_name(folder.name + ".part")
-        dtype = np.uint16 if n_codes <= 2**16 else np.int32
-        if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            np.lib.format.open_memmap(part / "codes.npy", "w+", dtype, (len(indices), crops, *grid))
-        barrier()
-        codes = np.load(part / "codes.npy", mmap_mode="r+")
-        pictures = CropsOf(source, indices, cfg, crops, None if crops == 1 else seed)
-        rows = [r for r in range(len(indices) * crops) if r // crops % world == rank]
-        loader = torch.utils.data.DataLoader(pictures, batch, sampler=rows, num_workers=cfg.workers, collate_fn=list)
-        skipped, bad = [], []
-        for chunk in tqdm(loader, desc="encoding the pictures once", unit="batch", disable=rank > 0, leave=False):
-            good = [s for s in chunk if torch.is_tensor(s[1])]
-            for row, why in (s for s in chunk if not torch.is_tensor(s[1])):
-                bad.append(row // crops)
-                skipped.append((source.key(int(indices[row // crops])), why))
-            if good:
-                for (row, _), c in zip(good, encode(torch.stack([s[1] for s in good])).cpu().numpy()):
-                    codes[row // crops, row % crops] = c
-        codes.flush()
-        (part / f"bad-{rank}.json").write_text(json.dumps([bad, sorted(set(skipped))]))
-        barrier()
-        if rank == 0:
-            ok, every = np.ones(len(indices), bool), []
-            for r in range(world):
-                bad, skipped = json.loads((part / f"bad-{r}.json").read_text())
-                ok[bad] = False
-                every += skipped
-            np.save(part / "ok.npy", ok)
-            (part / "skipped.json").write_text(json.dumps(every))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
-        barrier()
-
-
-class CropsOf(torch.utils.data.Dataset):
-    """Row r -> (r, image of crop r % crops of entry r // crops), or (r, why not)."""
-
-    def __init__(self, source, indices, cfg, crops, seed):
-        self.pictures, self.crops, self.seed = Pictures(source, indices, cfg), crops, seed
-
-    def __len__(self):
-        return len(self.pictures) * self.crops
-
-    def __getitem__(self, r):
-        rng = None if self.seed is None else np.random.default_rng((self.seed, r))
-        try:
-            return r, self.pictures.load(int(self.pictures.indices[r // self.crops]), rng)[0]
-        except BadEntry as e:
-            return r, str(e)
-
-
-class Coded(torch.utils.data.Dataset):
-    """Position p -> (text ids (T,), codes (N,), 1 if the caption was cut).
-
-    seed None: entries in order, first crop and caption, nothing dropped (validation).
-    bpe_dropout: DALL-E, arXiv:2102.12092 sec. 2.2.  cond_drop: the caption is replaced by the empty
-    one with that probability, for classifier-free guidance (arXiv:2207.12598).
-    """
-
-    def __init__(self, source, indices, cache, text, seed=None, bpe_dropout=0.0, cond_drop=0.0):
-        self.source, self.cache, self.text, self.seed = source, cache, text, seed
-        self.bpe_dropout, self.cond_drop = bpe_dropout, cond_drop
-        self.indices, self.rows = indices, np.flatnonzero(cache.ok)
-        if not len(self.rows):
-            why = "; ".join(f"{k}: {r}" for k, r in cache.skipped[:3])
-            raise ValueError(f"none of the {len(indices)} entries can be used ({why})")
-        self.order = None if seed is None else Order(self.rows, seed)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, p):
-        row = int(self.rows[p % len(self.rows)]) if self.order is None else self.order[p]
-        rng = None if self.seed is None else np.random.default_rng((self.seed, p))
-        lines = self.source.captions(int(self.indices[row]), rng)
-        crops, before = self.cache.codes[row], self.text.n_cut
-        if rng is None:
-            ids, codes = self.text.encode(lines[0]), crops[0]
-        else:
-            line = "" if rng.random() < self.cond_drop else lines[rng.integers(len(lines))]
-            ids, codes = self.text.encode(line, self.bpe_dropout, rng), crops[rng.integers(len(crops))]
-        return ids, torch.from_numpy(codes.astype(np.int64)).flatten(), self.text.n_cut - before
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn, pin_memory=torch.cuda.is_available()
+    )

@@ -150,8 +150,13 @@ class Attention(nn.Module):
             kv[0][:, :, start : start + s], kv[1][:, :, start : start + s] = k, v
             k, v = kv[0][:, :, : start + s], kv[1][:, :, : start + s]
         if self.cfg.mask == "full":
-            y = attend(q, k, v, causal=True) if start == 0 else \
-                attend(q, k, v) if s == 1 else attend(q, k, v, self.allowed(start, s, x.device))
+            y = (
+                attend(q, k, v, causal=True)
+                if start == 0
+                else attend(q, k, v)
+                if s == 1
+                else attend(q, k, v, self.allowed(start, s, x.device))
+            )
         else:
             y = attend(q, k, v, self.allowed(start, s, x.device))
         return self.out(y.transpose(1, 2).reshape(b, s, d))

@@ -1,7 +1,7 @@
 """How good tokenizers and priors are, measured without a network where the data allows it.
 
-    python -m minit2i.metrics scenes --model out/prior
-    python -m minit2i.metrics recall --model out/prior --prompts emoji/compose --among emoji/train
+python -m minit2i.metrics scenes --model out/prior
+python -m minit2i.metrics recall --model out/prior --prompts emoji/compose --among emoji/train
 """
 
 import argparse
@@ -19,8 +19,21 @@ from scipy import ndimage
 
 from minit2i.data import BadEntry, Folder, crop, to_pil
 from minit2i.sample import PRETRAINED, Painter, SampleConfig
-from minit2i.scenes import (BACKGROUNDS, CATEGORIES, COLORS, FILLS, RELATIONS, SHAPES, SIZES, Object, Scene, caption,
-                            outline, render, scene_at)
+from minit2i.scenes import (
+    BACKGROUNDS,
+    CATEGORIES,
+    COLORS,
+    FILLS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    caption,
+    outline,
+    render,
+    scene_at,
+)
 from minit2i.train import add_flags, pick, run, write_file
 
 # --- the scene oracle ---
@@ -92,6 +105,7 @@ def _nearest(offset, palette, ground, faded=1.0):
 
     faded: the least share of the colour that thin lines may keep once they are blurred into the ground.
     """
+
     def miss(name):
         full = np.array(palette[name]) - ground
         share = np.clip(offset @ full / (full @ full + 1e-6), faded, 1)
@@ -110,8 +124,14 @@ def read_scene(image):
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image).astype(np.float32)
     height, width, _ = pixels.shape
     short = min(height, width)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
-                             pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    border = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
     ground = np.median(border, axis=0)  # (3,)
     offset = pixels - ground
     labels, _ = ndimage.label(np.linalg.norm(offset, axis=2) > FAR, np.ones((3, 3)))
@@ -120,7 +140,7 @@ def read_scene(image):
     areas = np.bincount(labels.ravel())[1:]
     boxes = ndimage.find_objects(labels)
     for k in np.argsort(-areas)[:MOST] + 1:
-        if areas[k - 1] < SPECK * short ** 2:
+        if areas[k - 1] < SPECK * short**2:
             break
         box = boxes[k - 1]
         inside = labels[box] == k
@@ -184,10 +204,10 @@ def holds(seen, claim, category=None):
         return False
     if category is None and claim.background not in (None, seen.background):
         return False
-    fits = [[s for s in seen.objects if all(getattr(o, f) in (None, getattr(s, f)) for f in fields)]
-            for o in claim.objects]
-    return any(len(set(match)) == len(match) and (not layout or _laid_out(match, claim))
-               for match in product(*fits))
+    fits = [
+        [s for s in seen.objects if all(getattr(o, f) in (None, getattr(s, f)) for f in fields)] for o in claim.objects
+    ]
+    return any(len(set(match)) == len(match) and (not layout or _laid_out(match, claim)) for match in product(*fits))
 
 
 def _laid_out(match, claim):
@@ -262,14 +282,18 @@ def scene_accuracy(painter, cfg, n=500, batch=250, say=print):
         for category in CATEGORIES:
             prompts = scene_prompts(category, held_out, n)
             pictures = painter.paint([p[0] for p in prompts], replace(cfg, n=1), batch=batch, bar=False)
-            results += [(category, check_scene(to_pil(images[0]), claim, category))
-                        for (_, images), (_, claim, _) in zip(pictures, prompts)]
+            results += [
+                (category, check_scene(to_pil(images[0]), claim, category))
+                for (_, images), (_, claim, _) in zip(pictures, prompts)
+            ]
             for first in range(0, n, batch):
                 some = prompts[first : first + batch]
                 images = torch.stack([crop(render(scene, *painter.size), painter.size) for _, _, scene in some])
                 images = painter.vq.decode(painter.vq.encode(images.to(painter.device)))
-                roundtrip += [(category, check_scene(to_pil(image), claim, category))
-                              for image, (_, claim, _) in zip(images, some)]
+                roundtrip += [
+                    (category, check_scene(to_pil(image), claim, category))
+                    for image, (_, claim, _) in zip(images, some)
+                ]
             say(f"{split:8} {category:18} {score_scenes(results)[category]:.1%}")
         table[split] = score_scenes(results)
         table.setdefault("tokenizer", score_scenes(roundtrip))
@@ -317,21 +341,30 @@ def recall(painter, cfg, prompts, among=(), ignore=r" with .*skin tone$"):
 
     own = sum(i == k for k, i in enumerate(nearest)) / n
     same = sum(concept(captions[i]) == concept(captions[k]) for k, i in enumerate(nearest)) / n
-    return {"own": own, "concept": same, "n": n, "pictures": len(images)}, [(captions[k], captions[i]) for k, i in enumerate(nearest)]
+    return {"own": own, "concept": same, "n": n, "pictures": len(images)}, [
+        (captions[k], captions[i]) for k, i in enumerate(nearest)
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     scenes = commands.add_parser("scenes", help="a prior's accuracy on generated scenes, by category")
     scenes.add_argument("--prompts_per_category", type=int, default=500)
-    compose = commands.add_parser("recall", help="how often the picture drawn for a caption is nearest to the caption's own")
+    compose = commands.add_parser(
+        "recall", help="how often the picture drawn for a caption is nearest to the caption's own"
+    )
     compose.add_argument("--prompts", required=True, help="folder of captioned pictures")
     compose.add_argument("--among", nargs="*", default=[], help="further folders whose pictures compete")
-    compose.add_argument("--ignore", default=r" with .*skin tone$", help="what of a caption is not the concept: a pattern")
+    compose.add_argument(
+        "--ignore", default=r" with .*skin tone$", help="what of a caption is not the concept: a pattern"
+    )
     for command in (scenes, compose):
-        command.add_argument("--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]")
+        command.add_argument(
+            "--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]"
+        )
         command.add_argument("--device", default="cpu")
         command.add_argument("--out", help="write the figures, settings and model hash to this JSON file")
         add_flags(command, SampleConfig)
@@ -345,7 +378,11 @@ def main():
         figures, pairs = recall(painter, cfg, args.prompts, args.among, args.ignore)
         for prompt, found in pairs:
             print(f"{prompt}  ->  {found}")
-        print("own picture {own:.1%}, right concept {concept:.1%} of {n} captions, among {pictures} pictures".format(**figures))
+        print(
+            "own picture {own:.1%}, right concept {concept:.1%} of {n} captions, among {pictures} pictures".format(
+                **figures
+            )
+        )
     if args.out:
         record = {"figures": figures, "settings": asdict(cfg), "model": painter.hash, "command": " ".join(sys.argv)}
         write_file(args.out, json.dumps(record, indent=1) + "\n")

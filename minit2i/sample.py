@@ -13,9 +13,9 @@ from typing import Annotated
 import torch
 from tqdm import tqdm
 
-from minit2i.data import Text
 from minit2i.gpt import GPT, Cache, GPTConfig
 from minit2i.train import load_model, pick, read_config
+from minit2i.tokens import Text
 from minit2i.vq import VQ, VQConfig
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small prior that ships
@@ -27,7 +27,9 @@ class SampleConfig:
 
     n: Annotated[int, "pictures of each prompt"] = 4
     cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 3.0
-    cfg_schedule: Annotated[str, "guidance over the codes: constant, or rising from 1", ("constant", "rising")] = "constant"
+    cfg_schedule: Annotated[str, "guidance over the codes: constant, or rising from 1", ("constant", "rising")] = (
+        "constant"
+    )
     temperature: Annotated[float, "below 1 safer, above 1 more varied; 0 always takes the likeliest code"] = 1.0
     top_k: Annotated[int, "draw from the k likeliest codes; 0: from all"] = 0
     top_p: Annotated[float, "draw from the likeliest codes that hold this much probability"] = 1.0
@@ -158,7 +160,9 @@ class Painter:
         if config.get("kind") != "prior":
             raise ValueError(f"{folder} is not a prior; train_prior.py makes one")
         self.config, self.device = config, torch.device(device)
-        self.prior = load_model(folder, GPT(pick(GPTConfig, config["model"]))).to(self.device, dtype).requires_grad_(False)
+        self.prior = (
+            load_model(folder, GPT(pick(GPTConfig, config["model"]))).to(self.device, dtype).requires_grad_(False)
+        )
         self.vq = load_vq(Path(folder, "vq"), self.device)
         self.text = Text(Path(folder, "text.model").read_bytes(), self.prior.cfg.text_len)
         self.hash = file_hash(Path(folder, "model.safetensors"))

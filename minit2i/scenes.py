@@ -17,8 +17,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 COLORS = {  # every two at least 100 apart in RGB, and from each background: safe to read after a blur
-    "red": (205, 15, 30), "orange": (250, 125, 10), "yellow": (250, 225, 30), "green": (30, 160, 60),
-    "cyan": (30, 210, 225), "blue": (30, 60, 235), "purple": (150, 40, 190), "pink": (255, 90, 180),
+    "red": (205, 15, 30),
+    "orange": (250, 125, 10),
+    "yellow": (250, 225, 30),
+    "green": (30, 160, 60),
+    "cyan": (30, 210, 225),
+    "blue": (30, 60, 235),
+    "purple": (150, 40, 190),
+    "pink": (255, 90, 180),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (160, 160, 160), "black": (0, 0, 0)}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -26,17 +32,33 @@ SIZES = {"small": 0.11, "large": 0.18}  # mean r; each varies by up to SIZE_JITT
 SIZE_JITTER = 0.012
 FILLS = ("filled", "outlined", "striped")  # the last two only when large: a small line is one pixel at 64 px
 HELD_OUT = (  # never drawn in training: right pictures of these show that colour and shape compose
-    ("purple", "circle"), ("green", "square"), ("blue", "triangle"), ("red", "star"), ("orange", "cross"),
+    ("purple", "circle"),
+    ("green", "square"),
+    ("blue", "triangle"),
+    ("red", "star"),
+    ("orange", "cross"),
 )
 
 RELATIONS = {  # word: (axis, sign of the second centre minus the first along it)
-    "left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1),
+    "left of": (0, 1),
+    "right of": (0, -1),
+    "above": (1, 1),
+    "below": (1, -1),
 }
-PLACES = ("top left", "top", "top right", "left", "center", "right",
-          "bottom left", "bottom", "bottom right")
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "attribute_binding")
-MIXTURE = ("single_object", "colors", "two_objects", "counting", "counting",  # training: one of these, evenly
-           "position", "position", "position", "attribute_binding", "attribute_binding")
+MIXTURE = (
+    "single_object",
+    "colors",
+    "two_objects",
+    "counting",
+    "counting",  # training: one of these, evenly
+    "position",
+    "position",
+    "position",
+    "attribute_binding",
+    "attribute_binding",
+)
 
 GAP, MARGIN = 0.05, 0.03  # least distance between two objects, and from an object to the border
 STROKE = 0.22  # width of an outline, in r
@@ -46,6 +68,7 @@ STRIPES = ((-0.40, -0.17), (0.17, 0.40))  # rows of the two stripes, in r from t
 @dataclass(frozen=True)
 class Object:
     """One shape.  In a claim, None is what the caption leaves unsaid."""
+
     color: str
     shape: str
     size: str | None = None
@@ -61,6 +84,7 @@ class Scene:
 
     place: one of PLACES, for a single object.  relation: (word, i, j), "object i is <word> object j".
     """
+
     objects: tuple[Object, ...]
     background: str | None = None
     category: str | None = None
@@ -69,6 +93,7 @@ class Scene:
 
 
 # --- drawing a scene ---
+
 
 def scene_at(seed, index, **kw):
     """The index-th scene of a seed: a pure function, so any worker can make any of them."""
@@ -89,10 +114,17 @@ def draw_scene(rng, category=None, held_out=False):
     category = category or _pick(rng, MIXTURE)
     if category not in CATEGORIES:
         raise ValueError(f"category {category!r} is not known; use one of {', '.join(CATEGORIES)}")
-    copies = _pick(rng, {  # how many objects of each kind
-        "single_object": ([1],), "colors": ([1],), "two_objects": ([1, 1],), "counting": ([2], [3], [2, 1]),
-        "position": ([1], [1, 1], [1, 1]), "attribute_binding": ([1, 1], [1, 1], [1, 1, 1]),
-    }[category])
+    copies = _pick(
+        rng,
+        {  # how many objects of each kind
+            "single_object": ([1],),
+            "colors": ([1],),
+            "two_objects": ([1, 1],),
+            "counting": ([2], [3], [2, 1]),
+            "position": ([1], [1, 1], [1, 1]),
+            "attribute_binding": ([1, 1], [1, 1], [1, 1, 1]),
+        }[category],
+    )
     related = category == "position" and len(copies) == 2
     relation = (_pick(rng, tuple(RELATIONS)), 0, 1) if related else None
 
@@ -105,8 +137,7 @@ def draw_scene(rng, category=None, held_out=False):
     radii = [SIZES[size] + rng.uniform(-SIZE_JITTER, SIZE_JITTER) for _, _, size, _ in looks]
     place = _pick(rng, PLACES) if len(looks) == 1 else None
     centres = _draw_centres(rng, radii, relation) if place is None else [_draw_at(rng, radii[0], place)]
-    objects = tuple(Object(*look, float(x), float(y), float(r))
-                    for look, (x, y), r in zip(looks, centres, radii))
+    objects = tuple(Object(*look, float(x), float(y), float(r)) for look, (x, y), r in zip(looks, centres, radii))
     return Scene(objects, _pick(rng, tuple(BACKGROUNDS)), category, place, relation)
 
 
@@ -121,10 +152,12 @@ def _draw_pairs(rng, n, category, held_out):
         if held_out:
             pairs[rng.integers(n)] = _pick(rng, HELD_OUT)
         colors, shapes = ({p[k] for p in pairs} for k in (0, 1))
-        if (len(set(pairs)) == n
-                and (held_out or not any(p in HELD_OUT for p in pairs))
-                and (len(shapes) == n or category not in ("two_objects", "attribute_binding"))
-                and (len(colors) == n or category != "attribute_binding")):
+        if (
+            len(set(pairs)) == n
+            and (held_out or not any(p in HELD_OUT for p in pairs))
+            and (len(shapes) == n or category not in ("two_objects", "attribute_binding"))
+            and (len(colors) == n or category != "attribute_binding")
+        ):
             return pairs
 
 
@@ -159,6 +192,7 @@ def _draw_centres(rng, radii, relation, tries=512):
 
 # --- saying it ---
 
+
 def caption(scene, rng):
     """A true caption of the scene, and the claim it makes: `(str, Scene)`.
 
@@ -185,18 +219,28 @@ def caption(scene, rng):
         text = ", ".join(phrases[:-1]) + " and " + phrases[-1] if len(phrases) > 1 else phrases[0]
     place = scene.place if scene.category == "position" or rng.random() < 0.5 else None
     if place:
-        text += {"left": " on the left", "right": " on the right", "top": " at the top",
-                 "bottom": " at the bottom"}.get(place, f" in the {place}")
+        text += {
+            "left": " on the left",
+            "right": " on the right",
+            "top": " at the top",
+            "bottom": " at the bottom",
+        }.get(place, f" in the {place}")
     text = _pick(rng, ("", "", "", "a picture of ", "a drawing of ")) + text
     background = scene.background if rng.random() < 0.5 else None
     if background:
-        text = _pick(rng, (f"{text} on a {background} background", f"{text}, {background} background",
-                           f"on a {background} background, {text}"))
+        text = _pick(
+            rng,
+            (
+                f"{text} on a {background} background",
+                f"{text}, {background} background",
+                f"on a {background} background, {text}",
+            ),
+        )
     return text, replace(scene, objects=tuple(claimed), background=background, place=place)
 
 
 def _count(words, n):
-    """"red circle" -> "a red circle", "two red circles"."""
+    """ "red circle" -> "a red circle", "two red circles"."""
     if n > 1:
         return ("two ", "three ")[n - 2] + words + ("es" if words.endswith("s") else "s")
     return ("an " if words[0] in "aeiou" else "a ") + words
@@ -215,6 +259,7 @@ def _relate(phrases, relation, rng):
 
 # --- drawing it ---
 
+
 @cache
 def outline(shape, inset=0.0):
     """The shape's polygon (P, 2) around the centre of its bounding box, for r = 1; moved inward by `inset`.
@@ -223,8 +268,9 @@ def outline(shape, inset=0.0):
     """
     if shape == "cross":
         a, b = 1 - inset, 0.45 - inset  # reach and half the width of an arm
-        return np.array([(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b),
-                         (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)])
+        return np.array(
+            [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
+        )
     if shape == "circle":
         points, centre, inradius = _ring(48, 1.0, 1.0), 0.0, 1.0
     elif shape == "square":

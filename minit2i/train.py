@@ -71,8 +71,13 @@ def add_flags(parser, config):
         if kind is bool:
             group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kw)
         else:
-            group.add_argument(f"--{f.name}", type=kind, choices=choices[0] if choices else None,
-                               metavar=None if choices else kind.__name__.upper(), **kw)
+            group.add_argument(
+                f"--{f.name}",
+                type=kind,
+                choices=choices[0] if choices else None,
+                metavar=None if choices else kind.__name__.upper(),
+                **kw,
+            )
 
 
 def pick(config, values):
@@ -87,8 +92,9 @@ def parse_flags(doc, model, data, train, argv=None):
     With --resume the run's own config.json replaces the defaults, so that no flag needs retyping;
     ValueError if a flag would change the model.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     for config in (train, data, model):
         add_flags(parser, config)
     args = parser.parse_args(argv)
@@ -114,8 +120,10 @@ def check(cfg):
             raise ValueError(f"{name} {getattr(cfg, name)} is less than 1")
     parts = cfg.accum * int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % parts:
-        raise ValueError(f"batch_size {cfg.batch_size} does not divide into {parts} parts (processes x accum); "
-                         f"use {cfg.batch_size // parts * parts + parts}")
+        raise ValueError(
+            f"batch_size {cfg.batch_size} does not divide into {parts} parts (processes x accum); "
+            f"use {cfg.batch_size // parts * parts + parts}"
+        )
 
 
 # --- processes and devices -----------------------------------------------------------------------------
@@ -153,7 +161,9 @@ class Processes:
 
     def sum(self, values):
         """Sum each of a list of numbers over the processes -> list of floats."""
-        return self.total(torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64)).tolist()
+        return self.total(
+            torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        ).tolist()
 
     def gather(self, thing):
         """The same thing of every process, as a list."""
@@ -227,8 +237,10 @@ def lr_at(step, cfg):
 def make_optimizer(model, cfg):
     """AdamW that decays matrices and convolutions, not gains, biases and embeddings of one dimension."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
@@ -246,8 +258,9 @@ class EMA:
     def update(self, model, step):
         if self.decay:
             decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.weights.values()),
-                                 [p.float() for _, p in model.named_parameters()], 1 - decay)
+            torch._foreach_lerp_(
+                list(self.weights.values()), [p.float() for _, p in model.named_parameters()], 1 - decay
+            )
 
     def state_dict(self, model):
         """The model's state with averaged weights."""
@@ -400,8 +413,12 @@ class Log:
     def write(self, **record):
         if self.main:
             with open(self.path, "a") as f:
-                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) and abs(v) > 1e-3 else v
-                                    for k, v in record.items()}) + "\n")
+                f.write(
+                    json.dumps(
+                        {k: round(v, 6) if isinstance(v, float) and abs(v) > 1e-3 else v for k, v in record.items()}
+                    )
+                    + "\n"
+                )
 
 
 def read_log(path):
@@ -420,8 +437,10 @@ def plot_log(folder, keys):
     sheet = Image.new("RGB", (w * len(keys), h), "white")
     draw = ImageDraw.Draw(sheet)
     for panel, key in enumerate(keys):
-        curves = [([(r["step"], r[k]) for r in records if k in r and math.isfinite(r[k])], color, width)
-                  for k, color, width in ((key, "#9db8d9", 1), (f"val_{key}", "#c2410c", 2))]
+        curves = [
+            ([(r["step"], r[k]) for r in records if k in r and math.isfinite(r[k])], color, width)
+            for k, color, width in ((key, "#9db8d9", 1), (f"val_{key}", "#c2410c", 2))
+        ]
         points = [p for c, _, _ in curves for p in c]
         if not points:
             continue
@@ -430,11 +449,15 @@ def plot_log(folder, keys):
         x0, x1, y0, y1 = panel * w + pad, (panel + 1) * w - 12, h - 26, 22
 
         def at(p):
-            return (x0 + (x1 - x0) * p[0] / max(xs[-1], max(xs), 1),
-                    y0 + (y1 - y0) * min(1.0, (p[1] - low) / max(top - low, 1e-9)))
+            return (
+                x0 + (x1 - x0) * p[0] / max(xs[-1], max(xs), 1),
+                y0 + (y1 - y0) * min(1.0, (p[1] - low) / max(top - low, 1e-9)),
+            )
 
         draw.line([(x0, y1), (x0, y0), (x1, y0)], fill="#888888")
-        draw.text((x0, 4), f"{key}  (thick: validation {curves[1][0][-1][1]:.4g})" if curves[1][0] else key, fill="black")
+        draw.text(
+            (x0, 4), f"{key}  (thick: validation {curves[1][0][-1][1]:.4g})" if curves[1][0] else key, fill="black"
+        )
         for value, y in ((low, y0 - 6), (top, y1 - 4)):
             draw.text((panel * w + 2, y), f"{value:.4g}", fill="#444444")
         draw.text((x1 - 40, y0 + 6), f"{max(xs)}", fill="#444444")

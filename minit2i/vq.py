@@ -204,8 +204,9 @@ class VQ(nn.Module):
         for name, value in (("height", height), ("width", width)):
             if value % s or value < s:
                 lo = max(s, value // s * s)
-                raise ValueError(f"image {name} {value} is not a multiple of the tokenizer's stride {s}; "
-                                 f"use {lo} or {lo + s}")
+                raise ValueError(
+                    f"image {name} {value} is not a multiple of the tokenizer's stride {s}; use {lo} or {lo + s}"
+                )
         return height // s, width // s
 
     def latents(self, image):

@@ -11,8 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from minit2i.data import (BadEntry, CodeCache, Coded, DataConfig, Folder, Order, Pictures, Shards, Skipped, StepSampler,
-                          Text, collate, crop, open_rgb, open_source, parse_size, split)
+from minit2i.data import (
+    DataConfig,
+    Folder,
+    Order,
+    Pictures,
+    Shards,
+    Skipped,
+    StepSampler,
+    collate,
+    crop,
+    open_rgb,
+    open_source,
+    parse_size,
+    split,
+)
+from minit2i.tokens import CodeCache, Coded, Text
 
 GREEN = (0, 128, 0)
 
@@ -73,7 +87,11 @@ def test_crop_sizes_and_range(size):
     for im in (Image.new("RGB", (1, 1), "red"), Image.new("RGB", (300, 7), "red"), Image.new("RGB", (7, 300), "red")):
         for rng in (None, np.random.default_rng(0)):
             x = crop(im, size, rng=rng)
-            assert x.shape == (3, *size) and torch.allclose(x[0], torch.ones(size)) and torch.allclose(x[1], -torch.ones(size))
+            assert (
+                x.shape == (3, *size)
+                and torch.allclose(x[0], torch.ones(size))
+                and torch.allclose(x[1], -torch.ones(size))
+            )
 
 
 def test_crop_is_central_without_rng_and_never_mirrors_unasked():
@@ -87,7 +105,9 @@ def test_crop_is_central_without_rng_and_never_mirrors_unasked():
         assert (row.diff() > 0).all()
         lefts.add(float(row[0]))
     assert len(lefts) > 10
-    mirrored = [bool((crop(im, (16, 16), flip=True, rng=np.random.default_rng(k))[0, 0].diff() < 0).all()) for k in range(30)]
+    mirrored = [
+        bool((crop(im, (16, 16), flip=True, rng=np.random.default_rng(k))[0, 0].diff() < 0).all()) for k in range(30)
+    ]
     assert any(mirrored) and not all(mirrored)
 
 
@@ -197,8 +217,11 @@ def write_shards(root, n=30, shards=3):
         with tarfile.open(root / f"{s:05d}.tar", "w") as tar:
             for k in range(s, n, shards):
                 im = Image.new("RGB", (20, 20), (8 * k, 0, 0))
-                for ext, data in (("jpg", png(im, format="JPEG", quality=95)), ("txt", f"number {k}".encode()),
-                                  ("json", json.dumps({"caption": "wrong"}).encode())):
+                for ext, data in (
+                    ("jpg", png(im, format="JPEG", quality=95)),
+                    ("txt", f"number {k}".encode()),
+                    ("json", json.dumps({"caption": "wrong"}).encode()),
+                ):
                     info = tarfile.TarInfo(f"{k:09d}.{ext}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -283,7 +306,12 @@ def test_parse_size_refuses(size):
 
 # --- text ---
 
-CAPTIONS = ["a red circle above a blue square", "Two Green triangles", "three pink stars on white", "a cat \u2014 caf\u00e9"] * 5
+CAPTIONS = [
+    "a red circle above a blue square",
+    "Two Green triangles",
+    "three pink stars on white",
+    "a cat \u2014 caf\u00e9",
+] * 5
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +319,16 @@ def text():
     return Text(Text.train(CAPTIONS, 400), 24)
 
 
-@pytest.mark.parametrize("prompt", ["a red circle", "RED \uff23ircle", "\U0001f469\u200d\U0001f680 \u0645\u0631\u062d\u0628\u0627", "zebra & 42", "\n"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red circle",
+        "RED \uff23ircle",
+        "\U0001f469\u200d\U0001f680 \u0645\u0631\u062d\u0628\u0627",
+        "zebra & 42",
+        "\n",
+    ],
+)
 def test_any_prompt_has_ids_and_comes_back(text, prompt):
     ids = text.encode(prompt)
     assert ids.shape == (24,) and ids[0] == text.sp.bos_id()
@@ -349,8 +386,10 @@ def test_code_cache_skips_bad_entries_and_depends_on_its_inputs(tmp_path, text):
     crops = cache.codes[[source.key(i) for i in indices].index("long_caption.png")]
     assert not (crops[0] == crops[1]).all()
     assert os.listdir(tmp_path / "cache") == [folder.name]
-    others = [CodeCache.folder(tmp_path / "cache", source, indices, DataConfig(size=s), c, 0, h)
-              for s, c, h in (("16", 3, "other"), ("16", 2, "hash"), ("32", 3, "hash"))]
+    others = [
+        CodeCache.folder(tmp_path / "cache", source, indices, DataConfig(size=s), c, 0, h)
+        for s, c, h in (("16", 3, "other"), ("16", 2, "hash"), ("32", 3, "hash"))
+    ]
     assert len({folder, *others}) == 4
     os.utime(tmp_path / "pictures" / "upper.PNG", (1, 1))
     assert CodeCache.folder(tmp_path / "cache", source, indices, cfg, 3, 0, "hash") != folder

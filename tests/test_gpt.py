@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from minit2i.gpt import GPT, MASKS, Cache, GPTConfig, attend
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, text_len=5, n_vocab=11, n_codes=7, grid_h=2, grid_w=3)
-VARIANTS = [dict(zip(("pos", "norm", "mlp", "qk_norm"), v)) for v in product(
-    ("learned", "rotary"), ("layernorm", "rmsnorm"), ("gelu", "swiglu"), (False, True))]
+VARIANTS = [
+    dict(zip(("pos", "norm", "mlp", "qk_norm"), v))
+    for v in product(("learned", "rotary"), ("layernorm", "rmsnorm"), ("gelu", "swiglu"), (False, True))
+]
 
 
 def batch(cfg, b=3):
@@ -48,7 +50,7 @@ def test_logits_depend_on_exactly_what_they_may(name):
     x = model.embedding(ids).detach().requires_grad_()
     out = model.blocks[0](x + model.positions()[:-1])
     for q in range(cfg.length - 1):
-        grad, = torch.autograd.grad(out[0, q].sum(), x, retain_graph=True)
+        (grad,) = torch.autograd.grad(out[0, q].sum(), x, retain_graph=True)
         assert (grad[0].abs().sum(1) > 0).equal(allowed[q] | (at == q)), q
 
 
@@ -61,7 +63,9 @@ def test_cached_logits_equal_full_ones_at_every_position(variant):
         text_logits, image_logits = model.logits(text, codes)
         cache = Cache(model, 3, cfg.length - 1)
         hidden = [model.trunk(text, 0, cache)]
-        hidden += [model.trunk(model.code_ids(codes[:, i : i + 1]), cfg.text_len + i, cache) for i in range(cfg.n_image - 1)]
+        hidden += [
+            model.trunk(model.code_ids(codes[:, i : i + 1]), cfg.text_len + i, cache) for i in range(cfg.n_image - 1)
+        ]
         hidden = torch.cat(hidden, 1)
         assert torch.allclose(model.text_head(hidden[:, : cfg.text_len - 1]), text_logits, atol=1e-4)
         assert torch.allclose(model.image_head(hidden[:, cfg.text_len - 1 :]), image_logits, atol=1e-4)
@@ -89,8 +93,12 @@ def test_loss_equals_one_by_hand_and_pads_are_no_targets():
     text, codes = batch(TINY)
     text_logits, image_logits = model.logits(text, codes)
     text_loss, image_loss = model(text, codes)
-    by_hand = sum(-float(text_logits.detach()[b, t].log_softmax(0)[text[b, t + 1]])
-                  for b in range(3) for t in range(4) if text[b, t + 1] < TINY.n_vocab)
+    by_hand = sum(
+        -float(text_logits.detach()[b, t].log_softmax(0)[text[b, t + 1]])
+        for b in range(3)
+        for t in range(4)
+        if text[b, t + 1] < TINY.n_vocab
+    )
     assert math.isclose(float(text_loss), by_hand, rel_tol=1e-5)
     by_hand = sum(-float(image_logits.detach()[b, n].log_softmax(0)[codes[b, n]]) for b in range(3) for n in range(6))
     assert math.isclose(float(image_loss), by_hand, rel_tol=1e-5)
@@ -112,9 +120,15 @@ def test_parameter_count_in_closed_form():
     assert sum(p.numel() for p in GPT(cfg).parameters()) == expected
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"mask": "diagonal"}, "mask 'diagonal' is not known"), ({"n_head": 3}, "not a multiple of n_head 3"),
-    ({"text_len": 2}, "text_len 2"), ({"pos": "rotary", "n_embd": 12}, "head size that 4 divides")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mask": "diagonal"}, "mask 'diagonal' is not known"),
+        ({"n_head": 3}, "not a multiple of n_head 3"),
+        ({"text_len": 2}, "text_len 2"),
+        ({"pos": "rotary", "n_embd": 12}, "head size that 4 divides"),
+    ],
+)
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         GPT(replace(TINY, **change))

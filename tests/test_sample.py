@@ -103,9 +103,18 @@ def uncached(model, text, empty, cfg):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"cfg_scale": 1.0}, {"cfg_schedule": "rising"}, {"temperature": 0.0}, {"top_k": 4, "top_p": 0.8, "temperature": 0.7},
-    {"cfg_scale": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cfg_scale": 1.0},
+        {"cfg_schedule": "rising"},
+        {"temperature": 0.0},
+        {"top_k": 4, "top_p": 0.8, "temperature": 0.7},
+        {"cfg_scale": 0.0},
+    ],
+    ids=str,
+)
 def test_the_cached_loop_equals_the_naive_one(model, text, settings):
     cfg = SampleConfig(n=2, **settings)
     assert generate(model, text, EMPTY, cfg).equal(uncached(model, text, EMPTY, cfg))
@@ -145,8 +154,11 @@ def test_finishing_a_picture_keeps_what_is_given_and_goes_on_as_before(model, te
     assert generate(model, text, EMPTY, cfg, other)[:, :m].equal(other)
 
 
-@pytest.mark.parametrize("settings", [{"n": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5},
-                                      {"cfg_scale": -1.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"n": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"cfg_scale": -1.0}],
+    ids=str,
+)
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SampleConfig(**settings)

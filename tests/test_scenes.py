@@ -10,8 +10,20 @@ from PIL import Image
 
 from minit2i.metrics import check_scene, read_scene, score_scenes
 from minit2i.scenes import (
-    BACKGROUNDS, CATEGORIES, COLORS, FILLS, GAP, HELD_OUT, SHAPES, SIZES, Object, Scene, caption, draw_scene,
-    render, scene_at,
+    BACKGROUNDS,
+    CATEGORIES,
+    COLORS,
+    FILLS,
+    GAP,
+    HELD_OUT,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    caption,
+    draw_scene,
+    render,
+    scene_at,
 )
 
 
@@ -31,6 +43,7 @@ def noise(image):
 
 
 # --- drawing and saying ---
+
 
 def test_a_scene_is_a_pure_function_of_seed_and_index():
     assert scene_at(3, 7) == scene_at(3, 7)
@@ -95,14 +108,23 @@ def test_the_claim_is_what_the_words_say():
         assert words & set(FILLS) == {o.fill for o in claim.objects} - {None}
         assert words & set(BACKGROUNDS) == {claim.background} - {None}
         assert set((claim.place or "").split()) <= words
-        assert all(said in (None, true) for s, c in zip(scene.objects, claim.objects)
-                   for said, true in zip(vars(c).values(), vars(s).values()))
+        assert all(
+            said in (None, true)
+            for s, c in zip(scene.objects, claim.objects)
+            for said, true in zip(vars(c).values(), vars(s).values())
+        )
 
 
 def test_the_models_own_prompt_is_one_of_the_captions():
-    scene = Scene((Object("red", "circle", "large", "filled", 0.5, 0.3, 0.18),
-                   Object("blue", "square", "small", "filled", 0.5, 0.8, 0.11)),
-                  "white", "position", relation=("above", 0, 1))
+    scene = Scene(
+        (
+            Object("red", "circle", "large", "filled", 0.5, 0.3, 0.18),
+            Object("blue", "square", "small", "filled", 0.5, 0.8, 0.11),
+        ),
+        "white",
+        "position",
+        relation=("above", 0, 1),
+    )
     said = {caption(scene, np.random.default_rng(k))[0] for k in range(1000)}
     assert "a large red circle above a small blue square" in said
     assert "a small blue square below a large red circle" in said
@@ -110,10 +132,18 @@ def test_the_models_own_prompt_is_one_of_the_captions():
 
 # --- reading ---
 
-@pytest.mark.parametrize("size, corrupt", [
-    ((64, 64), lambda image: image), ((64, 64), jpeg), ((64, 64), noise),
-    ((96, 64), lambda image: image), ((64, 96), lambda image: image),
-], ids=["clean", "jpeg", "noise", "tall", "wide"])
+
+@pytest.mark.parametrize(
+    "size, corrupt",
+    [
+        ((64, 64), lambda image: image),
+        ((64, 64), jpeg),
+        ((64, 64), noise),
+        ((96, 64), lambda image: image),
+        ((64, 96), lambda image: image),
+    ],
+    ids=["clean", "jpeg", "noise", "tall", "wide"],
+)
 def test_true_pictures_pass(size, corrupt):
     n, passed = 300 if size == (64, 64) else 100, 0
     for k in range(n):
@@ -175,9 +205,14 @@ def test_wrong_pictures_fail(wrong):
     looks = list(itertools.product(COLORS, SHAPES))
     for k in range(0, len(looks), 2):
         (color, shape), other = looks[k], looks[(k * 7 + 11) % len(looks)]
-        scene = Scene((Object(color, shape, "large", "filled", 0.22, 0.3, 0.18),
-                       Object(*other, "small", "filled", 0.7, 0.35, 0.11)),
-                      list(BACKGROUNDS)[k % 3], relation=("left of", 0, 1))
+        scene = Scene(
+            (
+                Object(color, shape, "large", "filled", 0.22, 0.3, 0.18),
+                Object(*other, "small", "filled", 0.7, 0.35, 0.11),
+            ),
+            list(BACKGROUNDS)[k % 3],
+            relation=("left of", 0, 1),
+        )
         assert check_scene(render(scene, 64), scene)
         assert not check_scene(render(WRONG[wrong](scene), 64), scene)
 
@@ -185,24 +220,43 @@ def test_wrong_pictures_fail(wrong):
 @pytest.mark.parametrize("place", ["left", "top"])
 def test_a_place_word_is_looked_at(place):
     claim = Scene((Object("red", "circle"),), place=place)
-    scenes = [Scene((Object("red", "circle", "small", "filled", x, y, 0.11),), "gray")
-              for x, y in ((0.2, 0.5), (0.5, 0.2), (0.2, 0.2), (0.5, 0.5), (0.8, 0.5))]
+    scenes = [
+        Scene((Object("red", "circle", "small", "filled", x, y, 0.11),), "gray")
+        for x, y in ((0.2, 0.5), (0.5, 0.2), (0.2, 0.2), (0.5, 0.5), (0.8, 0.5))
+    ]
     passed = [check_scene(render(scene, 64), claim) for scene in scenes]
     assert passed == [place == "left", place == "top", False, False, False]
 
 
+@pytest.mark.parametrize("category", [None, "counting"])
+def test_equal_objects_each_need_one_of_their_own(category):
+    """Two red circles are not one red circle that is matched twice beside something else."""
+    circle = Object("red", "circle", "small", "filled", 0.25, 0.3, 0.11)
+    two = Scene((circle, replace(circle, x=0.75)), "white")
+    one = Scene((circle, replace(circle, x=0.75, color="green", shape="star")), "white")
+    assert check_scene(render(two, 64), two, category)
+    assert not check_scene(render(one, 64), two, category)
+
+
 def test_categories_look_at_what_geneval_looks_at():
-    scene = Scene((Object("red", "circle", "large", "filled", 0.25, 0.3, 0.18),
-                   Object("blue", "square", "small", "filled", 0.75, 0.3, 0.11)),
-                  "white", relation=("left of", 0, 1))
+    scene = Scene(
+        (
+            Object("red", "circle", "large", "filled", 0.25, 0.3, 0.18),
+            Object("blue", "square", "small", "filled", 0.75, 0.3, 0.11),
+        ),
+        "white",
+        relation=("left of", 0, 1),
+    )
     a, b = scene.objects
     pictures = {
         "exchanged colours": replace(scene, objects=(replace(a, color="blue"), replace(b, color="red"))),
         "swapped": swapped(scene),
         "one extra": WRONG["one extra"](scene),
     }
-    passed = {name: {c for c in CATEGORIES if check_scene(render(picture, 64), scene, c)}
-              for name, picture in pictures.items()}
+    passed = {
+        name: {c for c in CATEGORIES if check_scene(render(picture, 64), scene, c)}
+        for name, picture in pictures.items()
+    }
     assert passed == {
         "exchanged colours": {"single_object", "two_objects"},
         "swapped": set(CATEGORIES) - {"position"},

@@ -28,10 +28,14 @@ from minit2i.scenes import caption, render, scene_at
 from minit2i.vq import VQConfig
 
 ROOT = Path(__file__).parent.parent
-VQ_FLAGS = "--stride 8 --ch 8 --n_res 1 --n_codes 32 --code_dim 8 --size 32 --batch_size 8 --workers 0 --precision fp32 " \
+VQ_FLAGS = (
+    "--stride 8 --ch 8 --n_res 1 --n_codes 32 --code_dim 8 --size 32 --batch_size 8 --workers 0 --precision fp32 "
     "--log_every 1 --eval_size 8 --warmup 2".split()
-PRIOR_FLAGS = "--n_layer 2 --n_head 2 --n_embd 32 --size 32 --batch_size 8 --workers 0 --precision fp32 --log_every 1 " \
+)
+PRIOR_FLAGS = (
+    "--n_layer 2 --n_head 2 --n_embd 32 --size 32 --batch_size 8 --workers 0 --precision fp32 --log_every 1 "
     "--eval_size 8 --warmup 2 --text_len 16 --vocab_size 320 --dropout 0.1".split()
+)
 
 
 def call(script, *argv):
@@ -66,8 +70,22 @@ def vq(pictures, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prior(pictures, vq, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "prior"
-    call(train_prior, "--data", pictures, "--vq", vq, "--out", out, "--cache", out.parent / "cache", "--steps", 8,
-         "--eval_every", 4, *PRIOR_FLAGS)
+    call(
+        train_prior,
+        "--data",
+        pictures,
+        "--vq",
+        vq,
+        "--out",
+        out,
+        "--cache",
+        out.parent / "cache",
+        "--steps",
+        8,
+        "--eval_every",
+        4,
+        *PRIOR_FLAGS,
+    )
     return out
 
 
@@ -84,7 +102,9 @@ def equal(a, b):
 
 
 def test_a_run_leaves_what_it_should(vq, prior):
-    assert {"config.json", "model.safetensors", "log.jsonl", "loss.png", "reconstructions-000008.png"} <= set(os.listdir(vq))
+    assert {"config.json", "model.safetensors", "log.jsonl", "loss.png", "reconstructions-000008.png"} <= set(
+        os.listdir(vq)
+    )
     assert {"config.json", "model.safetensors", "text.model", "vq", "samples-000008.png"} <= set(os.listdir(prior))
     assert Image.open(vq / "loss.png").size[0] > 400
     assert [s for s, _, _ in losses(prior)] == list(range(1, 9))
@@ -108,13 +128,39 @@ def test_a_prior_folder_is_all_that_sampling_needs(prior, tmp_path):
 
 def test_many_prompts_as_single_pictures_that_can_be_drawn_again(prior, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n\n\u0645\u0631\u062d\u0628\u0627 \U0001f600\n" + "long " * 99 + "\n")
-    call(sample, "--model", prior, "--prompts", tmp_path / "p.txt", "--n", 2, "--out", tmp_path / "many", "--batch", 3,
-         "--device", "cpu")
+    call(
+        sample,
+        "--model",
+        prior,
+        "--prompts",
+        tmp_path / "p.txt",
+        "--n",
+        2,
+        "--out",
+        tmp_path / "many",
+        "--batch",
+        3,
+        "--device",
+        "cpu",
+    )
     files = sorted((tmp_path / "many").iterdir())
     assert len(files) == 6 and files[1].name == "00000-a-red-circle-1.png"
     seed = json.loads(Image.open(files[1]).text["settings"])["seed"]
-    call(sample, "--model", prior, "--prompt", "a red circle", "--n", 1, "--seed", seed, "--out", tmp_path / "again.png",
-         "--device", "cpu")
+    call(
+        sample,
+        "--model",
+        prior,
+        "--prompt",
+        "a red circle",
+        "--n",
+        1,
+        "--seed",
+        seed,
+        "--out",
+        tmp_path / "again.png",
+        "--device",
+        "cpu",
+    )
     assert np.array_equal(np.asarray(Image.open(files[1])), np.asarray(Image.open(tmp_path / "again.png")))
 
 
@@ -128,16 +174,47 @@ def test_finishing_a_picture_keeps_its_first_rows_of_codes(prior, pictures):
 def test_oblong_pictures_go_all_the_way(pictures, tmp_path):
     oblong = ["--size", "32x16"]
     call(train_vq, "--data", pictures, "--out", tmp_path / "vq", "--steps", 2, *VQ_FLAGS, *oblong)
-    call(train_prior, "--data", pictures, "--vq", tmp_path / "vq", "--out", tmp_path / "prior", "--cache", tmp_path / "c",
-         "--steps", 2, *PRIOR_FLAGS, *oblong, "--crops", 2, "--resize", 40)
-    call(sample, "--model", tmp_path / "prior", "--prompt", "", "--n", 1, "--out", tmp_path / "o.png", "--device", "cpu")
+    call(
+        train_prior,
+        "--data",
+        pictures,
+        "--vq",
+        tmp_path / "vq",
+        "--out",
+        tmp_path / "prior",
+        "--cache",
+        tmp_path / "c",
+        "--steps",
+        2,
+        *PRIOR_FLAGS,
+        *oblong,
+        "--crops",
+        2,
+        "--resize",
+        40,
+    )
+    call(
+        sample, "--model", tmp_path / "prior", "--prompt", "", "--n", 1, "--out", tmp_path / "o.png", "--device", "cpu"
+    )
     assert Image.open(tmp_path / "o.png").size == (16, 32)
 
 
 def test_the_second_run_reads_the_code_cache(prior, vq, pictures, monkeypatch):
     monkeypatch.setattr(train_prior.CodeCache, "build", lambda *a, **k: pytest.fail("encoded again"))
-    call(train_prior, "--data", pictures, "--vq", vq, "--out", prior.parent / "second", "--cache", prior.parent / "cache",
-         "--steps", 1, *PRIOR_FLAGS)
+    call(
+        train_prior,
+        "--data",
+        pictures,
+        "--vq",
+        vq,
+        "--out",
+        prior.parent / "second",
+        "--cache",
+        prior.parent / "cache",
+        "--steps",
+        1,
+        *PRIOR_FLAGS,
+    )
 
 
 # --- resuming ---
@@ -145,6 +222,7 @@ def test_the_second_run_reads_the_code_cache(prior, vq, pictures, monkeypatch):
 
 def stop_at(monkeypatch, script, step):
     """As if SIGTERM came during that step."""
+
     class Stop:
         def __init__(self, processes):
             self.asked = -1
@@ -152,6 +230,7 @@ def stop_at(monkeypatch, script, step):
         def __bool__(self):
             self.asked += 1
             return self.asked == step
+
     monkeypatch.setattr(script, "Stop", Stop)
 
 
@@ -176,19 +255,60 @@ def test_a_stopped_run_resumes_with_bit_equal_losses(which, vq, prior, pictures,
 def test_evaluating_more_often_changes_no_training_loss(which, vq, prior, pictures, tmp_path):
     script, whole = (train_vq, vq) if which == "vq" else (train_prior, prior)
     flags = VQ_FLAGS if which == "vq" else [*PRIOR_FLAGS, "--vq", vq, "--cache", prior.parent / "cache"]
-    call(script, "--data", pictures, "--out", tmp_path / "run", "--steps", 8, "--eval_every", 1, "--save_every", 3, *flags)
+    call(
+        script,
+        "--data",
+        pictures,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        8,
+        "--eval_every",
+        1,
+        "--save_every",
+        3,
+        *flags,
+    )
     assert losses(tmp_path / "run") == losses(whole)
 
 
 def test_workers_change_nothing(vq, pictures, tmp_path):
-    call(train_vq, "--data", pictures, "--out", tmp_path / "run", "--steps", 8, "--eval_every", 4, *VQ_FLAGS, "--workers", 2)
+    call(
+        train_vq,
+        "--data",
+        pictures,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        8,
+        "--eval_every",
+        4,
+        *VQ_FLAGS,
+        "--workers",
+        2,
+    )
     assert losses(tmp_path / "run") == losses(vq)
 
 
 def test_sigterm_saves_before_leaving(pictures, tmp_path):
-    run = subprocess.Popen([sys.executable, ROOT / "train_vq.py", "--data", pictures, "--out", tmp_path / "run", "--steps",
-                            "100000", *VQ_FLAGS], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "train_vq.py",
+            "--data",
+            pictures,
+            "--out",
+            tmp_path / "run",
+            "--steps",
+            "100000",
+            *VQ_FLAGS,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     for line in run.stdout:
         if "from step 0" in line:
             break
@@ -206,14 +326,36 @@ def test_sigterm_saves_before_leaving(pictures, tmp_path):
 def test_two_processes_equal_one(which, vq, prior, pictures, tmp_path):
     """DDP, summed code statistics, per-kind means over the whole batch; and accumulation on top."""
     script, whole = (train_vq, vq) if which == "vq" else (train_prior, prior)
-    flags = VQ_FLAGS if which == "vq" else [*PRIOR_FLAGS, "--vq", vq, "--cache", prior.parent / "cache2", "--dropout", "0"]
+    flags = (
+        VQ_FLAGS if which == "vq" else [*PRIOR_FLAGS, "--vq", vq, "--cache", prior.parent / "cache2", "--dropout", "0"]
+    )
     if which == "prior":  # dropout draws differ between processes
         call(train_prior, "--data", pictures, "--out", tmp_path / "one", "--steps", 8, *flags)
         whole = tmp_path / "one"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    ROOT / f"{script.__name__}.py", "--data", pictures, "--out", tmp_path / "two", "--steps", "8",
-                    "--accum", "2", *map(str, flags)], cwd=ROOT, check=True, capture_output=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            ROOT / f"{script.__name__}.py",
+            "--data",
+            pictures,
+            "--out",
+            tmp_path / "two",
+            "--steps",
+            "8",
+            "--accum",
+            "2",
+            *map(str, flags),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert np.allclose(losses(tmp_path / "two"), losses(whole), rtol=2e-3)
     a, b = load_file(tmp_path / "two" / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
@@ -222,12 +364,16 @@ def test_two_processes_equal_one(which, vq, prior, pictures, tmp_path):
 # --- users' faults and the world's ---
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--size", "30"], "not a multiple of the tokenizer's stride 8; use 24 or 32"),
-    (["--batch_size", "7", "--accum", "2"], "batch_size 7 does not divide into 2 parts"),
-    (["--data", "nowhere"], "neither a folder nor a tar shard"),
-    (["--quantizer", "magic"], "quantizer 'magic' is not known"),
-    (["--log_every", "0"], "log_every 0 is less than 1")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--size", "30"], "not a multiple of the tokenizer's stride 8; use 24 or 32"),
+        (["--batch_size", "7", "--accum", "2"], "batch_size 7 does not divide into 2 parts"),
+        (["--data", "nowhere"], "neither a folder nor a tar shard"),
+        (["--quantizer", "magic"], "quantizer 'magic' is not known"),
+        (["--log_every", "0"], "log_every 0 is less than 1"),
+    ],
+)
 def test_bad_flags_are_clear_errors(flags, message, pictures, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         call(train_vq, "--data", pictures, "--out", tmp_path / "x", "--steps", 1, *VQ_FLAGS, *flags)
@@ -264,6 +410,7 @@ def test_nothing_read_from_a_checkpoint_can_run_code(vq, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/ran",)
+
     (tmp_path / "config.json").write_bytes((vq / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
@@ -279,28 +426,36 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
 
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="cannot write .*model.safetensors: No space left on device; what was there before is intact"):
+    with pytest.raises(
+        OSError, match="cannot write .*model.safetensors: No space left on device; what was there before is intact"
+    ):
         train.save_tensors(path, {"a": torch.zeros(3)})
     assert train.load_tensors(path)[0]["a"].eq(1).all() and os.listdir(tmp_path) == ["model.safetensors"]
 
 
 def test_an_unwritable_folder_is_a_clear_error(pictures, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    run = subprocess.run([sys.executable, ROOT / "train_vq.py", "--data", pictures, "--out", tmp_path / "file" / "run",
-                          *VQ_FLAGS], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, ROOT / "train_vq.py", "--data", pictures, "--out", tmp_path / "file" / "run", *VQ_FLAGS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 1 and "error: " in run.stderr and "Traceback" not in run.stderr
 
 
 # --- configs ---
 
 
-@pytest.mark.parametrize("config", [VQConfig, GPTConfig, DataConfig, SampleConfig, train_vq.VQTrainConfig,
-                                    train_prior.PriorTrainConfig])
+@pytest.mark.parametrize(
+    "config", [VQConfig, GPTConfig, DataConfig, SampleConfig, train_vq.VQTrainConfig, train_prior.PriorTrainConfig]
+)
 def test_every_config_field_is_read_somewhere(config):
     """A flag without effect is the commonest fault of training scripts."""
     source = "".join(p.read_text() for p in (*ROOT.glob("*.py"), *ROOT.glob("minit2i/*.py")))
-    named = set(re.findall(r'getattr\(cfg, name\)', source)) and {"temperature", "top_k", "top_p"}
+    named = set(re.findall(r"getattr\(cfg, name\)", source)) and {"temperature", "top_k", "top_p"}
     for f in fields(config):
         assert re.search(rf"\.{f.name}\b", source) or f.name in named, f.name
 

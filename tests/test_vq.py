@@ -40,7 +40,7 @@ def test_quantizer_door(name, l2_norm):
     assert all(v.equal(before[k]) for k, v in quantizer.state_dict().items()), "forward must change nothing"
     if not l2_norm:
         weight = torch.randn(30, 4)
-        grad, = torch.autograd.grad((z_q * weight).sum(), z)
+        (grad,) = torch.autograd.grad((z_q * weight).sum(), z)
         assert torch.allclose(grad, weight)
     else:
         assert torch.allclose(z_q.norm(dim=1), torch.ones(30), atol=1e-5)
@@ -50,7 +50,7 @@ def test_commitment_loss_pulls_the_encoder_only():
     quantizer = QUANTIZERS["ema"](SMALL)
     z = torch.randn(30, 4, requires_grad=True)
     z_q, codes, loss = quantizer(z)
-    grad, = torch.autograd.grad(loss, z)
+    (grad,) = torch.autograd.grad(loss, z)
     expected = SMALL.beta * 2 * (z - quantizer.codebook[codes]) / z.numel()
     assert torch.allclose(grad, expected.detach(), atol=1e-7) and not quantizer.codebook.requires_grad
 
@@ -88,8 +88,10 @@ def test_kmeans_start_uses_every_code():
     quantizer.start(z)
     assert nearest_code(z, quantizer.codebook).unique().numel() == 16
     random = QUANTIZERS["ema"](SMALL)
+
     def error(q):
         return float((z - q.codebook[nearest_code(z, q.codebook)]).square().sum(1).mean())
+
     assert error(quantizer) < 0.5 * z.var(0).sum() < error(random)
 
 
@@ -149,5 +151,5 @@ def test_overfits_one_batch():
         (error + loss).backward()
         optimizer.step(), optimizer.zero_grad()
         vq.quantizer.update(z, codes, step)
-        first = float(error) if step == 0 else first
+        first = float(error.detach()) if step == 0 else first  # noqa: F821
     assert error < 0.1 * first

@@ -1,0 +1,38 @@
+"""Make a small folder of a trained prior, for use only: float16 weights, no state, no paths.
+
+python -m minit2i.export --model out/scenes --out minit2i/pretrained
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from minit2i.train import load_tensors, read_config, run, save_model, write_file
+
+PRIVATE = ("out", "vq", "cache", "resume", "device")  # settings that say where a run was, not what it was
+
+
+def export(folder, out):
+    """Copy a checkpoint folder (a prior's, with its tokenizer's inside, or a tokenizer's) with float16 weights."""
+    config = read_config(folder)
+    config["train"] = {k: v for k, v in config["train"].items() if k not in PRIVATE}
+    tensors, _ = load_tensors(Path(folder, "model.safetensors"))
+    save_model(out, tensors, config, torch.float16)
+    if config["kind"] == "prior":
+        write_file(Path(out, "text.model"), Path(folder, "text.model").read_bytes())
+        export(Path(folder, "vq"), Path(out, "vq"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--out", required=True, help="folder to write")
+    args = parser.parse_args()
+    export(args.model, args.out)
+    size = sum(f.stat().st_size for f in Path(args.out).rglob("*") if f.is_file())
+    print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)
