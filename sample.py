@@ -16,7 +16,7 @@ import torch
 
 from minit2i.data import BadEntry, crop, grid_image, open_rgb, to_pil
 from minit2i.sample import PRETRAINED, Painter, SampleConfig
-from minit2i.train import add_flags, pick, run, save_image
+from minit2i.train import add_flags, pick, pick_device, run, save_image
 
 
 def first_codes(painter, path, rows):
@@ -52,9 +52,6 @@ def main():
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give either --prompt or --prompts")
     cfg = pick(SampleConfig, args)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     prompts = (
         [args.prompt]
         if args.prompts is None
@@ -63,7 +60,7 @@ def main():
     if not prompts:
         raise ValueError(f"no prompts in {args.prompts}")
 
-    painter = Painter(args.model, device, torch.bfloat16 if args.half else torch.float32)
+    painter = Painter(args.model, pick_device(args.device), torch.bfloat16 if args.half else torch.float32)
     first = None
     if args.image:
         first = first_codes(painter, args.image, args.keep_rows or painter.prior.cfg.grid_h // 2)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.sample import SampleConfig, file_hash, generate, load_vq
-from minit2i.tokens import CodeCache, Coded, Text
+from minit2i.tokens import CodeCache, Coded, Crops, Text
 from minit2i.train import (
     EMA,
     Log,
@@ -78,30 +78,17 @@ def train_text(source, indices, vocab_size, most=50_000):
     return Text.train(captions(), vocab_size)
 
 
-def coded_set(source, indices, data_cfg, cfg, vq, vq_hash, seed, p, precision):
-    """The code cache of a set, made now if it is not there yet."""
-    crops = cfg.crops if seed is not None else 1
-    folder = CodeCache.folder(cfg.cache, source, indices, data_cfg, crops, cfg.seed, vq_hash)
+def code_cache(crops, cfg, vq, vq_hash, p, precision):
+    """The codes of a set's crops, encoded now if they are not in the cache yet."""
+    folder = Path(cfg.cache, f"codes-{vq_hash}-{crops.digest()}")
     if any(p.gather(not folder.exists())):
 
         def encode(images):
             with autocast(p.device, precision):
                 return vq.encode(images.to(p.device))
 
-        CodeCache.build(
-            folder,
-            source,
-            indices,
-            data_cfg,
-            crops,
-            cfg.seed,
-            encode,
-            vq.grid(*parse_size(data_cfg.size)),
-            vq.cfg.n_codes,
-            p.rank,
-            p.world,
-            p.barrier,
-        )
+        shape = vq.grid(*crops.pictures.size)
+        CodeCache.build(folder, crops, encode, shape, vq.cfg.n_codes, p)
     return CodeCache(folder)
 
 
@@ -149,9 +136,9 @@ def main():
         write_file(out / "text.model", train_text(source, train, cfg.vocab_size))
     p.barrier()
     text = Text((out / "text.model").read_bytes(), model_cfg.text_len)
-    args = data_cfg, cfg, vq, vq_hash
-    train_cache = coded_set(source, train, *args, cfg.seed, p, precision)
-    val_cache = coded_set(val_source, val, *args, None, p, precision)
+    train_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed)
+    train_cache = code_cache(train_crops, cfg, vq, vq_hash, p, precision)
+    val_cache = code_cache(Crops(val_source, val, data_cfg), cfg, vq, vq_hash, p, precision)
     skipped = Skipped(p.say)
     skipped.add([*source.damaged, *train_cache.skipped, *val_cache.skipped])
     p.say(str(skipped))
@@ -183,10 +170,10 @@ def main():
     # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
     sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
     loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
-    log, stop, saved = Log(out, p.main, start), Stop(p), start if resumed else -1
+    log, stop, saved = Log(out, p.main, start), Stop(p, cfg.log_every), start if resumed else -1
     for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not p.main):
         last = step == cfg.steps
-        stopping = bool(stop)
+        stopping = stop.asked(step)
         if (step % cfg.eval_every == 0 and step > start) or last:
             with ema.applied(model):
                 val_text, val_image = evaluate(model, val_set, cfg.eval_size, cfg.batch_size, p, precision)

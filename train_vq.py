@@ -99,10 +99,10 @@ def main():
     # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
     sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
     loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
-    log, stop, saved = Log(cfg.out, p.main, start), Stop(p), start if resumed else -1
+    log, stop, saved = Log(cfg.out, p.main, start), Stop(p, cfg.log_every), start if resumed else -1
     for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not p.main):
         last = step == cfg.steps
-        stopping = bool(stop)
+        stopping = stop.asked(step)
         if (step % cfg.eval_every == 0 and step > start) or last:
             with ema.applied(model):
                 value, counts, skips, shown = evaluate(model, val_set, cfg.eval_size, cfg.batch_size, p, precision)

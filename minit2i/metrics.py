@@ -45,7 +45,7 @@ from minit2i.train import add_flags, pick, run, write_file
 
 FAR = 50  # RGB distance from the background that makes a pixel part of an object
 UNLIKE = 75  # RGB distance beyond which a colour is none of the palette; no two of those are nearer than 100
-SPECK = 0.005  # area over the short side squared below which a component is dirt; a small star has 0.016
+SPECK = 0.005  # area over the short side squared below which a component is dirt; the smallest star has 0.019
 MOST = 8  # components that are looked at, the largest first
 FIT = 0.7  # correlation with the best template below which an object has no shape
 SKEW = 1.5  # ratio of width to height, after the shape's own, beyond which an object has no shape

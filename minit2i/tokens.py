@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
@@ -116,11 +115,42 @@ class Text:
 # --- samples of stage 2 ------------------------------------------------------------------------------
 
 
+class Crops(torch.utils.data.Dataset):
+    """Row r -> (r, image of crop r % crops of entry r // crops), or (r, why there is none).
+
+    One crop is the central one; several are random, a pure function of (seed, r).
+    """
+
+    def __init__(self, source, indices, cfg, crops=1, seed=0):
+        self.pictures, self.crops, self.seed = Pictures(source, indices, cfg), crops, seed
+
+    def __len__(self):
+        return len(self.pictures) * self.crops
+
+    def entry(self, r):
+        return int(self.pictures.indices[r // self.crops])
+
+    def __getitem__(self, r):
+        rng = None if self.crops == 1 else np.random.default_rng((self.seed, r))
+        try:
+            return r, self.pictures.load(self.entry(r), rng)[0]
+        except BadEntry as e:
+            return r, str(e)
+
+    def digest(self):
+        """A hash of all that the crops depend on: the listing, sizes and times of the files, size, crops, seed."""
+        source, cfg = self.pictures.source, self.pictures.cfg
+        settings = [type(source).__name__, cfg.size, cfg.resize, cfg.flip, cfg.captions, self.crops, self.seed]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for i in self.pictures.indices:
+            digest.update(f"{source.key(i)}\0{source.stamp(i)}\n".encode("utf-8", "replace"))
+        return digest.hexdigest()[:16]
+
+
 class CodeCache:
     """The codes of a whole set in a memory-mapped file, made once by the frozen tokenizer.
 
-    codes: memmap (n, crops, h, w); ok: (n,) False where the entry could not be used.
-    The folder's name is a hash of all it depends on: tokenizer, listing, size, crops, seed.
+    codes: memmap (n, crops, h, w); ok: (n,) False where the entry could not be used; skipped: [(key, why)].
     """
 
     def __init__(self, folder):
@@ -129,87 +159,42 @@ class CodeCache:
         self.skipped = json.loads((folder / "skipped.json").read_text())
 
     @staticmethod
-    def folder(root, source, indices, cfg, crops, seed, vq_hash):
-        digest = hashlib.sha256(
-            json.dumps(
-                [vq_hash, type(source).__name__, cfg.size, cfg.resize, cfg.flip, cfg.captions, crops, seed]
-            ).encode()
-        )
-        for i in indices:
-            digest.update(f"{source.key(i)}\0{source.stamp(i)}\n".encode("utf-8", "replace"))
-        return Path(root) / f"codes-{digest.hexdigest()[:16]}"
+    def build(folder, crops, encode, shape, n_codes, p, batch=64):
+        """Encode every crop, each process a share of the entries; the folder appears when it is complete.
 
-    @staticmethod
-    def build(
-        folder,
-        source,
-        indices,
-        cfg,
-        crops,
-        seed,
-        encode,
-        grid,
-        n_codes,
-        rank=0,
-        world=1,
-        barrier=lambda: None,
-        batch=64,
-    ):
-        """Encode every entry, each process a share; encode: images (B, 3, H, W) -> codes (B, h, w).
-
-        Central crop if crops is 1, else crops random ones.  Appears under its name when complete.
+        encode: images (B, 3, H, W) -> codes (B, h, w); shape: (h, w); p: train.Processes.
         """
         part = folder.with_name(folder.name + ".part")
-        dtype = np.uint16 if n_codes <= 2**16 else np.int32
-        if rank == 0:
+        n = len(crops.pictures)
+        if p.main:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            np.lib.format.open_memmap(part / "codes.npy", "w+", dtype, (len(indices), crops, *grid))
-        barrier()
+            dtype = np.uint16 if n_codes <= 2**16 else np.int32
+            np.lib.format.open_memmap(part / "codes.npy", "w+", dtype, (n, crops.crops, *shape))
+        p.barrier()
         codes = np.load(part / "codes.npy", mmap_mode="r+")
-        pictures = CropsOf(source, indices, cfg, crops, None if crops == 1 else seed)
-        rows = [r for r in range(len(indices) * crops) if r // crops % world == rank]
-        loader = torch.utils.data.DataLoader(pictures, batch, sampler=rows, num_workers=cfg.workers, collate_fn=list)
-        skipped, bad = [], []
-        for chunk in tqdm(loader, desc="encoding the pictures once", unit="batch", disable=rank > 0, leave=False):
-            good = [s for s in chunk if torch.is_tensor(s[1])]
-            for row, why in (s for s in chunk if not torch.is_tensor(s[1])):
-                bad.append(row // crops)
-                skipped.append((source.key(int(indices[row // crops])), why))
+        rows = [r for r in range(len(crops)) if r // crops.crops % p.world == p.rank]
+        loader = torch.utils.data.DataLoader(
+            crops, batch, sampler=rows, num_workers=crops.pictures.cfg.workers, collate_fn=list
+        )
+        bad = {}  # entry's row -> why
+        for chunk in tqdm(loader, desc="encoding the pictures once", unit="batch", disable=not p.main, leave=False):
+            bad |= {r // crops.crops: image for r, image in chunk if isinstance(image, str)}
+            good = [(r, image) for r, image in chunk if not isinstance(image, str)]
             if good:
-                for (row, _), c in zip(good, encode(torch.stack([s[1] for s in good])).cpu().numpy()):
-                    codes[row // crops, row % crops] = c
+                for (r, _), c in zip(good, encode(torch.stack([image for _, image in good])).cpu().numpy()):
+                    codes[r // crops.crops, r % crops.crops] = c
         codes.flush()
-        (part / f"bad-{rank}.json").write_text(json.dumps([bad, sorted(set(skipped))]))
-        barrier()
-        if rank == 0:
-            ok, every = np.ones(len(indices), bool), []
-            for r in range(world):
-                bad, skipped = json.loads((part / f"bad-{r}.json").read_text())
-                ok[bad] = False
-                every += skipped
+        bad = {k: why for share in p.gather(bad) for k, why in share.items()}
+        if p.main:
+            ok = np.ones(n, bool)
+            ok[list(bad)] = False
             np.save(part / "ok.npy", ok)
-            (part / "skipped.json").write_text(json.dumps(every))
+            keys = [(crops.pictures.source.key(crops.entry(k * crops.crops)), why) for k, why in sorted(bad.items())]
+            (part / "skipped.json").write_text(json.dumps(keys))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
-        barrier()
-
-
-class CropsOf(torch.utils.data.Dataset):
-    """Row r -> (r, image of crop r % crops of entry r // crops), or (r, why not)."""
-
-    def __init__(self, source, indices, cfg, crops, seed):
-        self.pictures, self.crops, self.seed = Pictures(source, indices, cfg), crops, seed
-
-    def __len__(self):
-        return len(self.pictures) * self.crops
-
-    def __getitem__(self, r):
-        rng = None if self.seed is None else np.random.default_rng((self.seed, r))
-        try:
-            return r, self.pictures.load(int(self.pictures.indices[r // self.crops]), rng)[0]
-        except BadEntry as e:
-            return r, str(e)
+        p.barrier()
 
 
 class Coded(torch.utils.data.Dataset):

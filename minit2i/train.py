@@ -129,15 +129,19 @@ def check(cfg):
 # --- processes and devices -----------------------------------------------------------------------------
 
 
+def pick_device(name="auto"):
+    """'auto' -> this process's GPU, Apple's, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
 class Processes:
     """This process among those that torchrun started (alone without torchrun), and its device."""
 
     def __init__(self, device="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
+        self.device = pick_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -207,10 +211,13 @@ def seed_step(seed, step, rank):
 
 
 class Stop:
-    """True once SIGTERM or SIGINT came to any process; a second Ctrl-C stops at once."""
+    """Whether SIGTERM or SIGINT came to any process; a second Ctrl-C stops at once.
 
-    def __init__(self, processes):
-        self.processes, self.flag = processes, False
+    Several processes must agree, which makes them wait for each other: they ask each other every few steps.
+    """
+
+    def __init__(self, processes, every):
+        self.processes, self.every, self.flag = processes, every, False
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, self.catch)
 
@@ -219,8 +226,10 @@ class Stop:
             raise KeyboardInterrupt
         self.flag = True
 
-    def __bool__(self):
-        return self.processes.sum([self.flag])[0] > 0 if self.processes.world > 1 else self.flag
+    def asked(self, step):
+        if self.processes.world == 1:
+            return self.flag
+        return step % self.every == 0 and self.processes.sum([self.flag])[0] > 0
 
 
 # --- optimization ----------------------------------------------------------------------------------------
@@ -241,7 +250,7 @@ def make_optimizer(model, cfg):
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=params[0].device.type != "mps")
 
 
 class EMA:

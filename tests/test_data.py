@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from minit2i.data import (
     parse_size,
     split,
 )
-from minit2i.tokens import CodeCache, Coded, Text
+from minit2i.tokens import CodeCache, Coded, Crops, Text
+from minit2i.train import Processes
 
 GREEN = (0, 128, 0)
 
@@ -378,21 +380,21 @@ def test_code_cache_skips_bad_entries_and_depends_on_its_inputs(tmp_path, text):
     def encode(images):  # 4x4 codes: mean red of each 4x4 patch
         return ((torch.nn.functional.avg_pool2d(images[:, 0], 4) + 1) * 7).long()
 
-    folder = CodeCache.folder(tmp_path / "cache", source, indices, cfg, 3, 0, "hash")
-    CodeCache.build(folder, source, indices, cfg, 3, 0, encode, (4, 4), 16)
+    def digest(cfg=cfg, **kw):
+        return Crops(source, indices, cfg, **{"crops": 3} | kw).digest()
+
+    folder = tmp_path / "cache" / digest()
+    CodeCache.build(folder, Crops(source, indices, cfg, 3), encode, (4, 4), 16, Processes("cpu"))
     cache = CodeCache(folder)
     assert cache.codes.shape == (len(source), 3, 4, 4) and dict(cache.skipped) == bad
     assert cache.ok.tolist() == [source.key(i) in good for i in indices]
     crops = cache.codes[[source.key(i) for i in indices].index("long_caption.png")]
     assert not (crops[0] == crops[1]).all()
     assert os.listdir(tmp_path / "cache") == [folder.name]
-    others = [
-        CodeCache.folder(tmp_path / "cache", source, indices, DataConfig(size=s), c, 0, h)
-        for s, c, h in (("16", 3, "other"), ("16", 2, "hash"), ("32", 3, "hash"))
-    ]
-    assert len({folder, *others}) == 4
+    before = digest()
+    assert len({before, digest(crops=2), digest(seed=1), digest(cfg=replace(cfg, size="32"))}) == 4
     os.utime(tmp_path / "pictures" / "upper.PNG", (1, 1))
-    assert CodeCache.folder(tmp_path / "cache", source, indices, cfg, 3, 0, "hash") != folder
+    assert digest() != before
 
     coded = Coded(source, indices, cache, text, seed=0, bpe_dropout=0.1, cond_drop=0.5)
     samples = [coded[p] for p in range(60)]

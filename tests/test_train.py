@@ -224,12 +224,11 @@ def stop_at(monkeypatch, script, step):
     """As if SIGTERM came during that step."""
 
     class Stop:
-        def __init__(self, processes):
-            self.asked = -1
+        def __init__(self, processes, every):
+            pass
 
-        def __bool__(self):
-            self.asked += 1
-            return self.asked == step
+        def asked(self, now):
+            return now == step
 
     monkeypatch.setattr(script, "Stop", Stop)
 
