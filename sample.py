@@ -43,7 +43,7 @@ def main():
         "--out", default="sample.png", help="NAME.png for a grid, or a folder for single PNGs [sample.png]"
     )
     parser.add_argument("--image", help="a picture to finish: its first --keep_rows rows of codes are kept")
-    parser.add_argument("--keep_rows", type=int, default=0, help="rows of codes kept of --image [half of them]")
+    parser.add_argument("--keep_rows", type=int, help="rows of codes kept of --image [half of them]")
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time [64]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--half", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 weights")
@@ -51,6 +51,8 @@ def main():
     args = parser.parse_args()
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give either --prompt or --prompts")
+    if args.keep_rows is not None and not args.image:
+        raise ValueError("--keep_rows needs --image, the picture to finish")
     cfg = pick(SampleConfig, args)
     prompts = (
         [args.prompt]
@@ -63,7 +65,8 @@ def main():
     painter = Painter(args.model, pick_device(args.device), torch.bfloat16 if args.half else torch.float32)
     first = None
     if args.image:
-        first = first_codes(painter, args.image, args.keep_rows or painter.prior.cfg.grid_h // 2)
+        rows = painter.prior.cfg.grid_h // 2 if args.keep_rows is None else args.keep_rows
+        first = first_codes(painter, args.image, rows)
     settings = asdict(cfg) | (
         {"image": args.image, "keep_rows": first.shape[1] // painter.prior.cfg.grid_w} if args.image else {}
     )

@@ -31,6 +31,7 @@ from minit2i.train import (
     parse_flags,
     pick_precision,
     plot_log,
+    read_config,
     run,
     save_image,
     save_model,
@@ -69,7 +70,7 @@ def train_text(source, indices, vocab_size, most=50_000):
     """A SentencePiece model on at most `most` entries' captions, evenly spaced over the training set."""
 
     def captions():
-        for i in indices[:: max(1, len(indices) // most)]:
+        for i in indices[:: -(-len(indices) // most)]:
             try:
                 yield from source.captions(int(i))
             except BadEntry:
@@ -125,6 +126,9 @@ def main():
     out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)
     vq_folder = out / "vq" if resumed else Path(cfg.vq)
     vq = load_vq(vq_folder, p.device)
+    data_cfg = replace(data_cfg, size=data_cfg.size or read_config(vq_folder)["data"]["size"])
+    if data_cfg.flip and cfg.crops == 1:
+        raise ValueError("--flip needs --crops 2 or more: the one central crop is never mirrored")
     vq_hash = file_hash(vq_folder / "model.safetensors")
     grid_h, grid_w = vq.grid(*parse_size(data_cfg.size))
 
@@ -139,6 +143,8 @@ def main():
     train_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed)
     train_cache = code_cache(train_crops, cfg, vq, vq_hash, p, precision)
     val_cache = code_cache(Crops(val_source, val, data_cfg), cfg, vq, vq_hash, p, precision)
+    if not val_cache.ok.any():  # a few pictures, and the one kept for validation is bad
+        val_source, val, val_cache = source, train, train_cache
     skipped = Skipped(p.say)
     skipped.add([*source.damaged, *train_cache.skipped, *val_cache.skipped])
     p.say(str(skipped))
@@ -149,6 +155,8 @@ def main():
     # --- model and optimizer ---
     torch.manual_seed(cfg.seed)
     model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
+    if resumed and asdict(model_cfg) != read_config(out)["model"]:
+        raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
     model = GPT(model_cfg).to(p.device)
     optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
     scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
@@ -167,6 +175,8 @@ def main():
         f"{p.world} x {p.device.type}; from step {start} to {cfg.steps}"
     )
 
+    step, all_cut, part_size = start, earlier_cut, cfg.batch_size // (cfg.accum * p.world)
+
     # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
     sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
     loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
@@ -176,7 +186,7 @@ def main():
         stopping = stop.asked(step)
         if (step % cfg.eval_every == 0 and step > start) or last:
             with ema.applied(model):
-                val_text, val_image = evaluate(model, val_set, cfg.eval_size, cfg.batch_size, p, precision)
+                val_text, val_image = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
                 if p.main:
                     sheet = draw_samples(model, vq, text, prompts, cfg, p.device)
                     save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(prompts))
@@ -188,8 +198,8 @@ def main():
         if step != saved and (last or stopping or (step % cfg.save_every == 0 and step > start)):
             all_cut = earlier_cut + int(p.sum([cut])[0])
             if p.main:
-                save_state(out, step, model, ema, optimizer, scaler, n_cut=all_cut)
                 save_model(out, ema.state_dict(model), config | {"step": step})
+                save_state(out, step, model, ema, optimizer, scaler, n_cut=all_cut)
             p.barrier()
         if last or stopping:
             break
@@ -222,7 +232,6 @@ def main():
                 tokens_per_s=log.rate(cfg.log_every * cfg.batch_size * model_cfg.length),
             )
     p.say(f"{out} holds step {step}; {skipped}; {all_cut} captions were too long and were cut")
-    p.close()
 
 
 if __name__ == "__main__":

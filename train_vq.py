@@ -5,7 +5,7 @@ python train_vq.py --data 'shards/{00000..00041}.tar' --out out/vq --size 256 --
 torchrun --nproc_per_node 8 train_vq.py --data path/to/pictures --out out/vq --batch_size 256
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -68,10 +68,15 @@ def evaluate(model, pictures, n, batch, p, precision):
 def main():
     # --- configuration, processes, data ---
     model_cfg, data_cfg, cfg = parse_flags(__doc__, VQConfig, DataConfig, VQTrainConfig)
+    data_cfg = replace(data_cfg, size=data_cfg.size or "64")
     p = Processes(cfg.device)
     precision = pick_precision(cfg.precision, p.device)
     (source, train), (val_source, val) = split(data_cfg)
     train_set, val_set = Pictures(source, train, data_cfg, cfg.seed), Pictures(val_source, val, data_cfg)
+    try:
+        val_set[0]
+    except ValueError:  # a few pictures, and the one kept for validation is bad
+        val_set = Pictures(source, train, data_cfg)
     skipped = Skipped(p.say)
     skipped.add([*source.damaged, *(val_source.damaged if val_source is not source else ())])
 
@@ -96,6 +101,9 @@ def main():
         f"on {p.world} x {p.device.type}; from step {start} to {cfg.steps}"
     )
 
+    step, part_size = start, cfg.batch_size // (cfg.accum * p.world)
+    train_set[start * cfg.batch_size]  # nothing usable: say so here, not in a worker
+
     # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
     sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
     loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
@@ -105,10 +113,10 @@ def main():
         stopping = stop.asked(step)
         if (step % cfg.eval_every == 0 and step > start) or last:
             with ema.applied(model):
-                value, counts, skips, shown = evaluate(model, val_set, cfg.eval_size, cfg.batch_size, p, precision)
+                value, counts, skips, shown = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
             skipped.add([s for part in p.gather(skips) for s in part])
             use, perplexity = code_stats(counts)
-            log.write(step=step, val_psnr=value, code_use=use, perplexity=perplexity)
+            log.write(step=step, val_psnr=value, code_use=use, val_perplexity=perplexity)
             p.say(f"\nstep {step}: val PSNR {value:.2f} dB, {use:.1%} of the codes used, perplexity {perplexity:.0f}")
             if p.main:
                 save_image(
@@ -119,8 +127,8 @@ def main():
         if step != saved and (last or stopping or (step % cfg.save_every == 0 and step > start)):
             skipped.add([s for part in p.gather(list(skipped.why.items())) for s in part])
             if p.main:
-                save_state(cfg.out, step, model, ema, optimizer, scaler, skipped=list(skipped.why.items()))
                 save_model(cfg.out, ema.state_dict(model), config | {"step": step})
+                save_state(cfg.out, step, model, ema, optimizer, scaler, skipped=list(skipped.why.items()))
             p.barrier()
         if last or stopping:
             break
@@ -161,7 +169,6 @@ def main():
                 images_per_s=log.rate(cfg.log_every * cfg.batch_size),
             )
     p.say(f"{cfg.out} holds step {step}; {skipped}")
-    p.close()
 
 
 if __name__ == "__main__":

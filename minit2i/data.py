@@ -8,6 +8,8 @@ Shapes: B batch, H W picture.
 """
 
 import glob
+import hashlib
+import inspect
 import io
 import os
 import re
@@ -21,9 +23,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from minit2i import scenes
 from minit2i.scenes import caption, render, scene_at
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SCENES_SOURCE = hashlib.sha256(inspect.getsource(scenes).encode()).hexdigest()  # other scenes, other codes
 MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb; a 50-megapixel photograph passes
 
 
@@ -38,7 +42,7 @@ class DataConfig:
     data: Annotated[str, "'scenes', a folder, or tar shards (path, glob or {00000..00041})"] = "scenes"
     val_data: Annotated[str, "validation pictures, given like --data; empty: a part of --data"] = ""
     val_fraction: Annotated[float, "part of --data kept for validation, chosen by a hash of the key"] = 0.02
-    size: Annotated[str, "picture size in pixels: 64, or HEIGHTxWIDTH as 96x64"] = "64"
+    size: Annotated[str, "picture size in pixels: 64, or HEIGHTxWIDTH as 96x64; empty: 64, or the tokenizer's"] = ""
     resize: Annotated[int, "short side after resizing, before the crop; 0: just large enough"] = 0
     flip: Annotated[bool, "mirror half of the training pictures (wrong for captions with 'left of')"] = False
     captions: Annotated[bool, "entries need a caption; train_vq can do with --no-captions"] = True
@@ -77,8 +81,10 @@ def open_rgb(file, near=None):
             im = ImageOps.exif_transpose(im)
             if im.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):  # 16-bit gray: Pillow would clip at 255
                 im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
-            if im.mode == "F":
-                im = Image.fromarray((np.nan_to_num(np.asarray(im)).clip(0, 1) * 255).round().astype(np.uint8))
+            if im.mode == "F":  # float TIFFs hold 0..1 or 0..255
+                array = np.nan_to_num(np.asarray(im))
+                array = array * (255 if array.max() <= 1 else 1)
+                im = Image.fromarray(array.clip(0, 255).round().astype(np.uint8))
             if im.has_transparency_data:
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -168,15 +174,21 @@ class Folder:
         return len(self.paths)
 
     def key(self, i):
-        return os.path.relpath(self.paths[i], self.root)
+        return os.path.relpath(self.paths[i], self.root).encode("utf-8", "backslashreplace").decode()
+
+    def text_path(self, i):
+        return os.path.splitext(self.paths[i])[0] + ".txt"
 
     def stamp(self, i):
-        """What changes when the entry does."""
-        try:
-            s = os.stat(self.paths[i])
-        except OSError:
-            return "missing"
-        return f"{s.st_size} {s.st_mtime_ns}"
+        """What changes when the picture or its caption file does."""
+        stamp = []
+        for path in (self.paths[i], self.text_path(i)):
+            try:
+                s = os.stat(path)
+                stamp.append(f"{s.st_size} {s.st_mtime_ns}")
+            except OSError:
+                stamp.append("missing")
+        return " ".join(stamp)
 
     def picture(self, i, near=None):
         try:
@@ -187,9 +199,8 @@ class Folder:
         return open_rgb(self.paths[i], near)
 
     def captions(self, i, rng=None):
-        path = os.path.splitext(self.paths[i])[0] + ".txt"
         try:
-            with open(path, "rb") as f:
+            with open(self.text_path(i), "rb") as f:
                 lines = caption_lines(f.read())
         except OSError:
             raise BadEntry("no caption file") from None
@@ -206,7 +217,7 @@ class Shards:
     """
 
     def __init__(self, paths):
-        self.shards, self.entries, self.damaged, self.fds = paths, [], [], {}
+        self.shards, self.entries, self.damaged = paths, [], []
         for shard, path in enumerate(paths):
             found = {}  # key -> {"picture": (offset, size), "txt": (offset, size)}
             try:
@@ -239,11 +250,10 @@ class Shards:
         return f"{shard} {picture} {s.st_size} {s.st_mtime_ns}"
 
     def read(self, shard, part):
-        who = (os.getpid(), shard)  # a file descriptor is not shared with a forked worker
-        if who not in self.fds:
-            self.fds[who] = os.open(self.shards[shard], os.O_RDONLY)
         offset, size = part
-        return os.pread(self.fds[who], size, offset)
+        with open(self.shards[shard], "rb") as f:
+            f.seek(offset)
+            return f.read(size)
 
     def picture(self, i, near=None):
         shard, _, part, _ = self.entries[i]
@@ -274,7 +284,7 @@ class Scenes:
         return f"scene-{self.seed}-{i}"
 
     def stamp(self, i):
-        return ""
+        return SCENES_SOURCE
 
     def picture(self, i, near=None):
         return render(scene_at(self.seed, i), *self.size)
@@ -395,7 +405,7 @@ class Skipped:
             if key not in self.why:
                 self.why[key] = reason
                 if len(self.why) <= 100:
-                    self.say(f"skipped {key}: {reason}")
+                    self.say(f"skipped {key}: {reason}" + ("; no more are named" if len(self.why) == 100 else ""))
 
     def counts(self):
         reasons = sorted(set(self.why.values()))
@@ -425,6 +435,12 @@ class StepSampler:
             first = step * self.batch + self.rank * n * self.accum
             for k in range(self.accum):
                 yield list(range(first + k * n, first + (k + 1) * n))
+
+
+def own_group(worker):
+    """Signals to the process group (Ctrl-C, torchrun's SIGTERM) reach the trainer, which saves, not its workers."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def make_loader(dataset, sampler, workers, collate_fn):

@@ -10,13 +10,15 @@ import torch
 
 from minit2i.train import load_tensors, read_config, run, save_model, write_file
 
-PRIVATE = ("out", "vq", "cache", "resume", "device")  # settings that say where a run was, not what it was
+PRIVATE = ("out", "vq", "cache", "resume", "device", "val_data")  # settings that say where a run was, not what it was
 
 
 def export(folder, out):
     """Copy a checkpoint folder (a prior's, with its tokenizer's inside, or a tokenizer's) with float16 weights."""
     config = read_config(folder)
-    config["train"] = {k: v for k, v in config["train"].items() if k not in PRIVATE}
+    for part in ("train", "data"):
+        config[part] = {k: v for k, v in config[part].items() if k not in PRIVATE}
+    config["data"]["data"] = Path(config["data"]["data"]).name
     tensors, _ = load_tensors(Path(folder, "model.safetensors"))
     save_model(out, tensors, config, torch.float16)
     if config["kind"] == "prior":

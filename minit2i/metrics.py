@@ -34,7 +34,7 @@ from minit2i.scenes import (
     render,
     scene_at,
 )
-from minit2i.train import add_flags, pick, run, write_file
+from minit2i.train import add_flags, pick, pick_device, run, write_file
 
 # --- the scene oracle ---
 # Reads generated scenes back out of pixels and says whether a caption's claim holds, as GenEval
@@ -252,7 +252,8 @@ def psnr(a, b):
 
 def code_stats(counts):
     """How often each code was used (V,) -> fraction of codes used at all, perplexity exp(entropy)."""
-    share = counts.double() / counts.sum().clamp_min(1)
+    counts = counts.cpu().double()
+    share = counts / counts.sum().clamp_min(1)
     entropy = -(share * share.clamp_min(1e-12).log()).sum()
     return float((counts > 0).double().mean()), float(entropy.exp())
 
@@ -273,8 +274,8 @@ def scene_accuracy(painter, cfg, n=500, batch=250, say=print):
     """Accuracy by category of one picture for each of n prompts, seen and held-out combinations apart.
 
     painter: sample.Painter; cfg: SampleConfig -> {"seen": {category: accuracy, "overall": mean}, "held_out": ...,
-    "tokenizer": ...}; the last row is the oracle on true renders that went through the tokenizer and back, which no
-    prior can beat by more than luck.
+    "tokenizer": ...}; the tokenizer's row is the oracle on true renders of the seen prompts that went through the
+    tokenizer and back, which no prior can beat by more than luck.
     """
     table = {}
     for split, held_out in (("seen", False), ("held_out", True)):
@@ -286,7 +287,7 @@ def scene_accuracy(painter, cfg, n=500, batch=250, say=print):
                 (category, check_scene(to_pil(images[0]), claim, category))
                 for (_, images), (_, claim, _) in zip(pictures, prompts)
             ]
-            for first in range(0, n, batch):
+            for first in range(0, 0 if held_out else n, batch):
                 some = prompts[first : first + batch]
                 images = torch.stack([crop(render(scene, *painter.size), painter.size) for _, _, scene in some])
                 images = painter.vq.decode(painter.vq.encode(images.to(painter.device)))
@@ -296,7 +297,8 @@ def scene_accuracy(painter, cfg, n=500, batch=250, say=print):
                 ]
             say(f"{split:8} {category:18} {score_scenes(results)[category]:.1%}")
         table[split] = score_scenes(results)
-        table.setdefault("tokenizer", score_scenes(roundtrip))
+        if not held_out:
+            table["tokenizer"] = score_scenes(roundtrip)
     return table
 
 
@@ -319,16 +321,18 @@ def recall(painter, cfg, prompts, among=(), ignore=r" with .*skin tone$"):
     and [(prompt, nearest caption)].
     """
     images, captions = [], []
-    for folder in (prompts, *among):
+    for k, folder in enumerate((prompts, *among)):
         source = Folder(folder)
+        if not len(source):
+            raise ValueError(f"no pictures in {folder}")
         for i in range(len(source)):
             try:
                 captions.append(source.captions(i)[0])
-                images.append(crop(source.picture(i), painter.size))
+                images.append(crop(source.picture(i), painter.size, painter.config["data"]["resize"]))
             except BadEntry as e:
                 captions = captions[: len(images)]
                 print(f"skipped {source.key(i)}: {e}")
-        if folder == prompts:
+        if k == 0:
             n = len(images)
     if not n:
         raise ValueError(f"no captioned pictures in {prompts}")
@@ -365,11 +369,11 @@ def main():
         command.add_argument(
             "--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]"
         )
-        command.add_argument("--device", default="cpu")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
         command.add_argument("--out", help="write the figures, settings and model hash to this JSON file")
         add_flags(command, SampleConfig)
     args = parser.parse_args()
-    painter, cfg = Painter(args.model, args.device), pick(SampleConfig, args)
+    painter, cfg = Painter(args.model, pick_device(args.device)), replace(pick(SampleConfig, args), n=1)
     if args.command == "scenes":
         figures = scene_accuracy(painter, cfg, args.prompts_per_category)
         for row, scores in figures.items():

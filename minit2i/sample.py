@@ -6,7 +6,7 @@ Shapes: P prompts, n pictures of each, B = P*n, T text length, h w code grid, N 
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -181,11 +181,20 @@ class Painter:
         return self.vq.decode(codes.view(-1, self.prior.cfg.grid_h, self.prior.cfg.grid_w))
 
     def paint(self, prompts, cfg, first=None, batch=64, bar=False):
-        """Any number of prompts, in batches of about `batch` pictures -> yields (prompt, images (n, 3, H, W))."""
-        per = max(1, batch // cfg.n)
-        with tqdm(total=-(-len(prompts) // per) * self.prior.cfg.n_image, unit="code", disable=not bar) as count:
-            for k in range(0, len(prompts), per):
-                some = prompts[k : k + per]
-                given = None if first is None else first.repeat(len(some) * cfg.n, 1)
-                images = self.images(self.codes(some, cfg, given, count.update))
-                yield from zip(some, images.view(len(some), cfg.n, *images.shape[1:]))
+        """Any number of prompts, at most `batch` pictures at a time -> yields (prompt, images (n, 3, H, W)).
+
+        first: codes (1, m) that all pictures begin with.
+        """
+        n, per = min(cfg.n, batch), max(1, batch // cfg.n)
+        jobs = [(prompts[k : k + per], i) for k in range(0, len(prompts), per) for i in range(0, cfg.n, n)]
+        codes = self.prior.cfg.n_image - (0 if first is None else first.shape[1])
+        done = []  # pictures of one prompt, when they do not fit into one batch
+        with tqdm(total=len(jobs) * codes, unit="code", disable=not bar) as count:
+            for some, i in jobs:
+                part = replace(cfg, n=min(n, cfg.n - i), seed=cfg.seed + i)
+                given = None if first is None else first.repeat(len(some) * part.n, 1)
+                images = self.images(self.codes(some, part, given, count.update))
+                done.append(images.unflatten(0, (len(some), part.n)))
+                if i + part.n == cfg.n:
+                    yield from zip(some, torch.cat(done, 1))
+                    done = []

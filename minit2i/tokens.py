@@ -15,7 +15,7 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from minit2i.data import BadEntry, Order, Pictures
+from minit2i.data import BadEntry, Order, Pictures, own_group
 
 # --- text --------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ class Text:
         symbols = [
             s
             for word in re.findall("\u2581?[^\u2581]+", self.sp.normalize(caption))
-            for s in self.merge(list(word), dropout, rng)
+            for s in self.merge(list(word[: 16 * self.length]), dropout, rng)
         ]
         ids = []
         for s in symbols:
@@ -164,18 +164,27 @@ class CodeCache:
 
         encode: images (B, 3, H, W) -> codes (B, h, w); shape: (h, w); p: train.Processes.
         """
-        part = folder.with_name(folder.name + ".part")
+        part = folder.with_name(f"{folder.name}.{p.gather(os.getpid())[0]}.part")  # two runs may share the cache
         n = len(crops.pictures)
         if p.main:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             dtype = np.uint16 if n_codes <= 2**16 else np.int32
             np.lib.format.open_memmap(part / "codes.npy", "w+", dtype, (n, crops.crops, *shape))
+            with open(part / "codes.npy", "rb+") as f:  # a full disk is an error now, not a crash later
+                f.seek(0, os.SEEK_END)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(f.fileno(), 0, f.tell())
         p.barrier()
         codes = np.load(part / "codes.npy", mmap_mode="r+")
-        rows = [r for r in range(len(crops)) if r // crops.crops % p.world == p.rank]
+        first, last = n * p.rank // p.world * crops.crops, n * (p.rank + 1) // p.world * crops.crops
         loader = torch.utils.data.DataLoader(
-            crops, batch, sampler=rows, num_workers=crops.pictures.cfg.workers, collate_fn=list
+            crops,
+            batch,
+            sampler=range(first, last),
+            num_workers=crops.pictures.cfg.workers,
+            collate_fn=list,
+            worker_init_fn=own_group,
         )
         bad = {}  # entry's row -> why
         for chunk in tqdm(loader, desc="encoding the pictures once", unit="batch", disable=not p.main, leave=False):
@@ -192,8 +201,10 @@ class CodeCache:
             np.save(part / "ok.npy", ok)
             keys = [(crops.pictures.source.key(crops.entry(k * crops.crops)), why) for k, why in sorted(bad.items())]
             (part / "skipped.json").write_text(json.dumps(keys))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
+            if folder.exists():
+                shutil.rmtree(part)
+            else:
+                os.replace(part, folder)
         p.barrier()
 
 

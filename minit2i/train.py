@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -99,6 +100,8 @@ def parse_flags(doc, model, data, train, argv=None):
         add_flags(parser, config)
     args = parser.parse_args(argv)
     saved = read_config(args.out) if args.resume and has_state(args.out) else None
+    if saved and set(saved["model"]) != {f.name for f in fields(model)}:
+        raise ValueError(f"{args.out} holds a run of the other stage; use another --out")
     if saved:
         parser.set_defaults(**saved["train"] | saved["data"] | saved["model"] | {"resume": True})
         args = parser.parse_args(argv)
@@ -133,6 +136,8 @@ def pick_device(name="auto"):
     """'auto' -> this process's GPU, Apple's, or the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"device {name!r} is not known; use auto, cuda, mps or cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
@@ -144,9 +149,9 @@ class Processes:
         self.device = pick_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # hours: the others wait while one process trains the text model or encodes its share
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
 
     @property
     def main(self):
@@ -180,10 +185,6 @@ class Processes:
     def barrier(self):
         if self.world > 1:
             dist.barrier()
-
-    def close(self):
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def pick_precision(name, device):
@@ -385,10 +386,14 @@ def load_state(folder, model, ema, optimizer, scaler):
     def part(prefix):
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    model.load_state_dict(part("model."))
-    for k, v in part("ema.").items():
+    try:
+        model.load_state_dict(part("model."))
+    except RuntimeError as e:
+        raise ValueError(f"the run in {folder} does not fit these flags: {e}") from e
+    averaged = part("ema.")
+    for k, v in model.named_parameters():
         if k in ema.weights:
-            ema.weights[k].copy_(v)
+            ema.weights[k].copy_(averaged.get(k, v.detach()))
     moments = part("optimizer.")
     for name, p in model.named_parameters():
         state = {k: moments[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in moments}
@@ -458,10 +463,7 @@ def plot_log(folder, keys):
         x0, x1, y0, y1 = panel * w + pad, (panel + 1) * w - 12, h - 26, 22
 
         def at(p):
-            return (
-                x0 + (x1 - x0) * p[0] / max(xs[-1], max(xs), 1),
-                y0 + (y1 - y0) * min(1.0, (p[1] - low) / max(top - low, 1e-9)),
-            )
+            return (x0 + (x1 - x0) * p[0] / max(*xs, 1), y0 + (y1 - y0) * min(1.0, (p[1] - low) / max(top - low, 1e-9)))
 
         draw.line([(x0, y1), (x0, y0), (x1, y0)], fill="#888888")
         draw.text(

@@ -120,7 +120,9 @@ class EMAQuantizer(nn.Module):
         """
         decay = self.cfg.decay if decay is None else decay
         z = self.norm(z)
-        count = torch.bincount(codes, minlength=self.cfg.n_codes).float()  # (V,)
+        good = z.isfinite().all(1)  # a step that overflows in float16 is skipped; it must not reach the codebook
+        z = torch.where(good[:, None], z, 0)
+        count = torch.zeros_like(self.ema_count).index_add_(0, codes, good.float())  # (V,)
         total = torch.zeros_like(self.codebook).index_add_(0, codes, z)  # (V, C)
         reduce_sum(count), reduce_sum(total)
         self.ema_count.lerp_(count, 1 - decay)
@@ -131,7 +133,7 @@ class EMAQuantizer(nn.Module):
         self.ema_sum.copy_(torch.where(dead[:, None], fresh * share, self.ema_sum))
         self.ema_count.copy_(torch.where(dead, share, self.ema_count))
         mean = self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None]
-        self.codebook.copy_(self.norm(mean))
+        self.codebook.copy_(torch.where(self.ema_count[:, None] > 1e-6, self.norm(mean), self.codebook))
 
 
 QUANTIZERS = {"ema": EMAQuantizer}

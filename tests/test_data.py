@@ -70,9 +70,10 @@ def test_sixteen_bit_gray_keeps_its_middle():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "YCbCr", "F"])
 def test_every_mode_becomes_rgb(mode):
-    im = Image.new("RGB", (8, 6), GREEN).convert(mode)
+    im = Image.new("RGB", (8, 6), (200, 200, 200)).convert(mode)
     out = open_rgb(png(im, format="TIFF" if mode in ("CMYK", "YCbCr", "F") else "PNG"))
     assert out.mode == "RGB" and out.size == (8, 6)
+    assert mode in ("1", "P") or all(abs(c - 200) <= 3 for c in out.getpixel((4, 3)))
 
 
 def test_exif_orientation_is_applied():

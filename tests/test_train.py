@@ -22,8 +22,9 @@ import train_prior
 import train_vq
 from minit2i import train
 from minit2i.data import DataConfig
+from minit2i.export import export
 from minit2i.gpt import GPTConfig
-from minit2i.sample import Painter, SampleConfig
+from minit2i.sample import FILTERS, Painter, SampleConfig
 from minit2i.scenes import caption, render, scene_at
 from minit2i.vq import VQConfig
 
@@ -164,6 +165,17 @@ def test_many_prompts_as_single_pictures_that_can_be_drawn_again(prior, tmp_path
     assert np.array_equal(np.asarray(Image.open(files[1])), np.asarray(Image.open(tmp_path / "again.png")))
 
 
+def test_an_exported_prior_draws_from_half_the_bytes(prior, tmp_path):
+    export(prior, tmp_path / "small")
+    assert not (tmp_path / "small" / "state").exists()
+    sizes = [(f / "model.safetensors").stat().st_size for f in (tmp_path / "small", prior)]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert str(tmp_path.parent) not in (tmp_path / "small" / "config.json").read_text()
+    cfg = SampleConfig(n=2)
+    small, whole = (Painter(f).codes(["a red circle"], cfg) for f in (tmp_path / "small", prior))
+    assert small.shape == whole.shape and small.eq(whole).float().mean() > 0.5
+
+
 def test_finishing_a_picture_keeps_its_first_rows_of_codes(prior, pictures):
     painter = Painter(prior)
     first = sample.first_codes(painter, pictures / "0.png", 2)
@@ -248,6 +260,16 @@ def test_a_stopped_run_resumes_with_bit_equal_losses(which, vq, prior, pictures,
     assert losses(out) == losses(whole)
     assert equal(out / "model.safetensors", whole / "model.safetensors")
     assert equal(out / "state" / "resume.safetensors", whole / "state" / "resume.safetensors")
+
+
+@pytest.mark.parametrize("which", ["vq", "prior"])
+def test_resuming_a_finished_run_is_no_fault(which, vq, prior):
+    folder = {"vq": vq, "prior": prior}[which]
+    before = (folder / "model.safetensors").read_bytes()
+    call({"vq": train_vq, "prior": train_prior}[which], "--resume", "--out", folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="holds a run of the other stage"):
+        call({"vq": train_prior, "prior": train_vq}[which], "--resume", "--out", folder)
 
 
 @pytest.mark.parametrize("which", ["vq", "prior"])
@@ -454,9 +476,9 @@ def test_an_unwritable_folder_is_a_clear_error(pictures, tmp_path):
 def test_every_config_field_is_read_somewhere(config):
     """A flag without effect is the commonest fault of training scripts."""
     source = "".join(p.read_text() for p in (*ROOT.glob("*.py"), *ROOT.glob("minit2i/*.py")))
-    named = set(re.findall(r"getattr\(cfg, name\)", source)) and {"temperature", "top_k", "top_p"}
+    filters = [name for name, _ in FILTERS]
     for f in fields(config):
-        assert re.search(rf"\.{f.name}\b", source) or f.name in named, f.name
+        assert re.search(rf"\b(\w*cfg|painter\.vq\.cfg)\.{f.name}\b", source) or f.name in filters, f.name
 
 
 def test_help_explains_every_flag(capsys):

@@ -1,6 +1,7 @@
 """Tokenizer: nearest code and moving average against loops, processes against one, shapes, learning."""
 
 import os
+import socket
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,15 @@ def test_dead_codes_restart_on_latents_with_a_fresh_average():
     assert torch.allclose(quantizer.codebook, quantizer.ema_sum / quantizer.ema_count[:, None], atol=1e-4)
 
 
+def test_an_overflow_does_not_reach_the_codebook():
+    """In float16 a step can overflow; the scaler skips it, and the codebook must too."""
+    quantizer = QUANTIZERS["ema"](SMALL)
+    z = torch.randn(40, 4)
+    z[3] = torch.nan
+    quantizer.update(z, nearest_code(z.nan_to_num(), quantizer.codebook), 0)
+    assert all(v.isfinite().all() for v in quantizer.state_dict().values())
+
+
 def test_kmeans_start_uses_every_code():
     quantizer = QUANTIZERS["ema"](SMALL)
     z = torch.randn(500, 4) + 20
@@ -93,6 +103,12 @@ def test_kmeans_start_uses_every_code():
         return float((z - q.codebook[nearest_code(z, q.codebook)]).square().sum(1).mean())
 
     assert error(quantizer) < 0.5 * z.var(0).sum() < error(random)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def update_codebook(rank, world, port, z, result):
@@ -114,8 +130,8 @@ def test_two_processes_equal_one_with_the_doubled_batch():
     z = torch.randn(10, 64, 4)
     with mp.get_context("spawn").Manager() as manager:
         one, two = manager.dict(), manager.dict()
-        mp.spawn(update_codebook, (1, 29611, z, one), nprocs=1)
-        mp.spawn(update_codebook, (2, 29612, z, two), nprocs=2)
+        mp.spawn(update_codebook, (1, free_port(), z, one), nprocs=1)
+        mp.spawn(update_codebook, (2, free_port(), z, two), nprocs=2)
         for k, v in one[0].items():
             assert torch.allclose(torch.from_numpy(v), torch.from_numpy(two[0][k]), atol=1e-5), k
             assert (two[0][k] == two[1][k]).all(), k
