@@ -28,10 +28,10 @@ class GPTConfig:
     n_embd: Annotated[int, "width"] = 256
     text_len: Annotated[int, "text positions T, beginning and end mark included"] = 32
     mask: Annotated[str, "which positions see which (see MASKS)"] = "full"
-    pos: Annotated[str, "positions: learned (text, row, column), or 2-D rotary", ("learned", "rotary")] = "learned"
-    norm: Annotated[str, "normalisation", ("layernorm", "rmsnorm")] = "layernorm"
-    mlp: Annotated[str, "feed-forward layer", ("gelu", "swiglu")] = "gelu"
-    qk_norm: Annotated[bool, "normalise queries and keys per head"] = False
+    pos: Annotated[str, "positions: learned (text, row, column), or 2-D rotary", ("learned", "rotary")] = "rotary"
+    norm: Annotated[str, "normalisation", ("layernorm", "rmsnorm")] = "rmsnorm"
+    mlp: Annotated[str, "feed-forward layer", ("gelu", "swiglu")] = "swiglu"
+    qk_norm: Annotated[bool, "normalise queries and keys per head"] = True
     dropout: Annotated[float, "dropout on embeddings and on both branches of each block"] = 0.0
     n_vocab: int = 0
     n_codes: int = 0
@@ -89,8 +89,15 @@ def rotate(x, cos, sin):
 # --- blocks --------------------------------------------------------------------------------------------
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * gain over the last dimension, in float32.  arXiv:1910.07467 eq. 4."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
 def make_norm(cfg, width):
-    return nn.LayerNorm(width) if cfg.norm == "layernorm" else nn.RMSNorm(width, eps=1e-6)
+    return nn.LayerNorm(width) if cfg.norm == "layernorm" else RMSNorm(width, eps=1e-6)
 
 
 def attend(q, k, v, mask=None, causal=False):

@@ -10,7 +10,20 @@ import torch.nn.functional as F
 
 from minit2i.gpt import GPT, MASKS, Cache, GPTConfig, attend
 
-TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, text_len=5, n_vocab=11, n_codes=7, grid_h=2, grid_w=3)
+TINY = GPTConfig(  # GPT-2's choices; VARIANTS has the others
+    pos="learned",
+    norm="layernorm",
+    mlp="gelu",
+    qk_norm=False,
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    text_len=5,
+    n_vocab=11,
+    n_codes=7,
+    grid_h=2,
+    grid_w=3,
+)
 VARIANTS = [
     dict(zip(("pos", "norm", "mlp", "qk_norm"), v))
     for v in product(("learned", "rotary"), ("layernorm", "rmsnorm"), ("gelu", "swiglu"), (False, True))
