@@ -26,13 +26,13 @@ class SampleConfig:
     """How codes are drawn; every value is written into the pictures."""
 
     n: Annotated[int, "pictures of each prompt"] = 4
-    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 3.0
+    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 2.0
     cfg_schedule: Annotated[str, "guidance over the codes: constant, or rising from 1", ("constant", "rising")] = (
         "constant"
     )
     temperature: Annotated[float, "below 1 safer, above 1 more varied; 0 always takes the likeliest code"] = 1.0
     top_k: Annotated[int, "draw from the k likeliest codes; 0: from all"] = 0
-    top_p: Annotated[float, "draw from the likeliest codes that hold this much probability"] = 1.0
+    top_p: Annotated[float, "draw from the likeliest codes that hold this much probability"] = 0.9
     seed: Annotated[int, "picture i of a prompt is drawn with seed + i"] = 0
 
     def __post_init__(self):

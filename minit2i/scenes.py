@@ -28,8 +28,8 @@ COLORS = {  # every two at least 100 apart in RGB, and from each background: saf
 }
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (160, 160, 160), "black": (0, 0, 0)}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": 0.11, "large": 0.18}  # r
-STEP = 1 / 16  # centres lie on a grid: 4 pixels of 64, so that a tokenizer meets each shape in few positions
+SIZES = {"small": 0.11, "large": 0.18}  # mean r; each varies by up to SIZE_JITTER
+SIZE_JITTER = 0.012
 FILLS = ("filled", "outlined", "striped")  # the last two only when large: a small line is one pixel at 64 px
 HELD_OUT = (  # never drawn in training: right pictures of these show that colour and shape compose
     ("purple", "circle"),
@@ -134,7 +134,7 @@ def draw_scene(rng, category=None, held_out=False):
         fill = _pick(rng, ("filled", "filled", "outlined", "striped")) if size == "large" else "filled"
         looks.append((color, shape, size, fill))
     looks = [look for look, n in zip(looks, copies) for _ in range(n)]
-    radii = [SIZES[size] for _, _, size, _ in looks]
+    radii = [SIZES[size] + rng.uniform(-SIZE_JITTER, SIZE_JITTER) for _, _, size, _ in looks]
     place = _pick(rng, PLACES) if len(looks) == 1 else None
     centres = _draw_centres(rng, radii, relation) if place is None else [_draw_at(rng, radii[0], place)]
     objects = tuple(Object(*look, float(x), float(y), float(r)) for look, (x, y), r in zip(looks, centres, radii))
@@ -163,15 +163,10 @@ def _draw_pairs(rng, n, category, held_out):
 
 def _draw_at(rng, r, place):
     """A centre (x, y) well inside the third of the picture that the place word names."""
-    spans = (r + MARGIN, 0.32), (0.43, 0.57), (0.68, 1 - r - MARGIN)
+    spans = (r + MARGIN, 0.30), (0.44, 0.56), (0.70, 1 - r - MARGIN)
     column = 0 if "left" in place else 2 if "right" in place else 1
     row = 0 if "top" in place else 2 if "bottom" in place else 1
-    return _on_grid(rng, *spans[column]), _on_grid(rng, *spans[row])
-
-
-def _on_grid(rng, low, high, shape=None):
-    """Multiples of STEP between low and high."""
-    return STEP * rng.integers(np.ceil(low / STEP), np.floor(high / STEP), shape, endpoint=True)
+    return rng.uniform(*spans[column]), rng.uniform(*spans[row])
 
 
 def _draw_centres(rng, radii, relation, tries=512):
@@ -181,8 +176,7 @@ def _draw_centres(rng, radii, relation, tries=512):
     """
     r = np.array(radii)
     while True:
-        low = r[:, None] + MARGIN
-        xy = _on_grid(rng, low, 1 - low, (tries, len(r), 2))
+        xy = r[:, None] + MARGIN + rng.random((tries, len(r), 2)) * (1 - 2 * (r[:, None] + MARGIN))
         ok = np.ones(tries, bool)
         for i in range(len(r)):
             for j in range(i):
