@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = (
     "--data scenes --n_scenes 400 --size 32 --workers 0 --batch_size 16 --precision fp32 --eval_every 60 --eval_size 16"
 )
-VQ = f"train_vq.py {SHARED} --stride 8 --ch 8 --n_res 1 --n_codes 64 --steps 400 --save_every 7"
-PRIOR = f"train_prior.py {SHARED} --n_layer 2 --n_head 2 --n_embd 32 --dropout 0.1 --steps 400 --save_every 7 --vocab_size 400"
+VQ = f"train_vq.py {SHARED} --stride 8 --ch 8 --n_res 1 --n_codes 64 --steps 500 --save_every 7"
+PRIOR = f"train_prior.py {SHARED} --n_layer 2 --n_head 2 --n_embd 32 --dropout 0.1 --steps 500 --save_every 7 --vocab_size 400"
 
 
 def start(command):
@@ -48,11 +48,14 @@ def main():
             whole, killed = f"{tmp}/{name}", f"{tmp}/{name}-killed"
             begin = time.time()
             assert start(f"{command}{extra} --out {whole}").wait() == 0
-            length, kills = time.time() - begin, 0
+            length, kills, begin = time.time() - begin, 0, time.time()
+            assert start(f"{command}{extra} --out {whole} --resume").wait() == 0  # it has nothing left to do
+            startup = time.time() - begin
+            window = 0.5 * startup, startup + 1.2 * (length - startup) / args.kills
             while True:
                 run = start(f"{command}{extra} --out {killed} --resume")
-                try:  # early enough to hit the start, late enough to get on
-                    _, errors = run.communicate(timeout=rng.uniform(0.3, 0.45) * length if kills < args.kills else None)
+                try:  # some while starting, some while training or saving
+                    _, errors = run.communicate(timeout=rng.uniform(*window) if kills < args.kills else None)
                     assert run.returncode == 0, errors.decode()
                     break
                 except subprocess.TimeoutExpired:

@@ -112,9 +112,9 @@ def test_loss_equals_one_by_hand_and_pads_are_no_targets():
         for t in range(4)
         if text[b, t + 1] < TINY.n_vocab
     )
-    assert math.isclose(float(text_loss), by_hand, rel_tol=1e-5)
+    assert math.isclose(text_loss.item(), by_hand, rel_tol=1e-5)
     by_hand = sum(-float(image_logits.detach()[b, n].log_softmax(0)[codes[b, n]]) for b in range(3) for n in range(6))
-    assert math.isclose(float(image_loss), by_hand, rel_tol=1e-5)
+    assert math.isclose(image_loss.item(), by_hand, rel_tol=1e-5)
     assert int(model.n_text_targets(text)) == 2 + 4 + 4
 
 

@@ -124,7 +124,10 @@ def test_a_prior_folder_is_all_that_sampling_needs(prior, tmp_path):
     call(sample, "--model", moved, "--prompt", "a red circle", "--n", 2, "--out", tmp_path / "a.png", "--device", "cpu")
     im = Image.open(tmp_path / "a.png")
     assert im.size == (66, 32) and im.text["prompt"] == "a red circle"
-    assert json.loads(im.text["settings"])["cfg_scale"] == SampleConfig().cfg_scale and im.text["model"] == Painter(prior).hash
+    assert (
+        json.loads(im.text["settings"])["cfg_scale"] == SampleConfig().cfg_scale
+        and im.text["model"] == Painter(prior).hash
+    )
 
 
 def test_many_prompts_as_single_pictures_that_can_be_drawn_again(prior, tmp_path):
