@@ -490,7 +490,7 @@ def save_image(path, image, **text):
 def keep_memory():
     """Let glibc keep big blocks instead of returning them to the system at every step.
 
-    The page faults of getting them back cost a quarter of the training time on a CPU (see bench.py).
+    The page faults of getting them back cost 20 to 25 % of the training time of bench.py on two cores (measured, one run each).
     """
     with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing to do
         libc = ctypes.CDLL("libc.so.6")
