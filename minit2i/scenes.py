@@ -5,7 +5,9 @@ with the unsaid fields None, and `metrics.check_scene` reads a picture and says 
 The six categories are GenEval's (arXiv:2310.11513), with shapes in place of COCO's objects.
 
 Coordinates: x to the right and y downward as fractions of the picture's width and height; r as a fraction
-of its short side, so one scene can be drawn in any proportion.  Everything is a pure function of its rng.
+of its short side, so one scene can be drawn in any proportion.  Centres lie on a grid of eighths and radii are
+one of two: a small prior then learns what captions mean instead of how edges fall between pixels (measured, at
+equal pictures: 1.0 nats a code after 500 steps of 32, against 3.5 with continuous ones).  Everything is a pure function of its rng.
 Measured on one core at 64x64: 0.07 ms to draw a scene, 0.02 ms to say it, 0.08 ms to render it.
 """
 
@@ -28,8 +30,8 @@ COLORS = {  # every two at least 100 apart in RGB, and from each background: saf
 }
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (160, 160, 160), "black": (0, 0, 0)}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": 0.11, "large": 0.18}  # mean r; each varies by up to SIZE_JITTER
-SIZE_JITTER = 0.012
+SIZES = {"small": 0.11, "large": 0.18}  # r
+STEP = 1 / 8  # centres lie on a grid of this: at 64 pixels and stride 8 an object then has the same codes everywhere
 FILLS = ("filled", "outlined", "striped")  # the last two only when large: a small line is one pixel at 64 px
 HELD_OUT = (  # never drawn in training: right pictures of these show that colour and shape compose
     ("purple", "circle"),
@@ -134,9 +136,9 @@ def draw_scene(rng, category=None, held_out=False):
         fill = _pick(rng, ("filled", "filled", "outlined", "striped")) if size == "large" else "filled"
         looks.append((color, shape, size, fill))
     looks = [look for look, n in zip(looks, copies) for _ in range(n)]
-    radii = [SIZES[size] + rng.uniform(-SIZE_JITTER, SIZE_JITTER) for _, _, size, _ in looks]
+    radii = [SIZES[size] for _, _, size, _ in looks]
     place = _pick(rng, PLACES) if len(looks) == 1 else None
-    centres = _draw_centres(rng, radii, relation) if place is None else [_draw_at(rng, radii[0], place)]
+    centres = _draw_centres(rng, radii, relation) if place is None else [_draw_at(place)]
     objects = tuple(Object(*look, float(x), float(y), float(r)) for look, (x, y), r in zip(looks, centres, radii))
     return Scene(objects, _pick(rng, tuple(BACKGROUNDS)), category, place, relation)
 
@@ -161,22 +163,22 @@ def _draw_pairs(rng, n, category, held_out):
             return pairs
 
 
-def _draw_at(rng, r, place):
-    """A centre (x, y) well inside the third of the picture that the place word names."""
-    spans = (r + MARGIN, 0.30), (0.44, 0.56), (0.70, 1 - r - MARGIN)
-    column = 0 if "left" in place else 2 if "right" in place else 1
-    row = 0 if "top" in place else 2 if "bottom" in place else 1
-    return rng.uniform(*spans[column]), rng.uniform(*spans[row])
+def _draw_at(place):
+    """The centre (x, y) that a place word names: quarters of the picture, which lie on the grid."""
+    column = 1 if "left" in place else 3 if "right" in place else 2
+    row = 1 if "top" in place else 3 if "bottom" in place else 2
+    return column / 4, row / 4
 
 
 def _draw_centres(rng, radii, relation, tries=512):
-    """Centres (n, 2) of objects whose bounding boxes lie GAP apart, by rejection.
+    """Centres (n, 2), on the grid, of objects whose bounding boxes lie GAP apart, by rejection.
 
     With a relation they lie so along its axis, and at most half as far apart along the other one.
     """
     r = np.array(radii)
     while True:
-        xy = r[:, None] + MARGIN + rng.random((tries, len(r), 2)) * (1 - 2 * (r[:, None] + MARGIN))
+        low = np.ceil((r[:, None] + MARGIN) / STEP)
+        xy = STEP * rng.integers(low, 1 / STEP - low, (tries, len(r), 2), endpoint=True)
         ok = np.ones(tries, bool)
         for i in range(len(r)):
             for j in range(i):

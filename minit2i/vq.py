@@ -30,7 +30,7 @@ class VQConfig:
     l2_norm: Annotated[bool, "l2-normalise latents and codes (ViT-VQGAN, arXiv:2110.04627 sec. 3.2)"] = False
     beta: Annotated[float, "weight of the commitment loss"] = 0.25
     decay: Annotated[float, "moving-average decay of the codebook"] = 0.99
-    restart: Annotated[float, "codes used less than this fraction of an even share are restarted; 0: never"] = 0.03
+    restart: Annotated[float, "codes used less than this fraction of an even share are restarted; 0: never"] = 0.1
 
 
 # --- quantizers ------------------------------------------------------------------------------------
@@ -48,9 +48,16 @@ def nearest_code(z, codebook):
         return distance.argmin(1)
 
 
+def processes():
+    """(rank, number) of the processes that train together; (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def reduce_sum(x):
     """Sum over all processes, in place; nothing to do for one process."""
-    if dist.is_available() and dist.is_initialized():
+    if processes()[1] > 1:
         dist.all_reduce(x)
     return x
 
@@ -60,9 +67,9 @@ def pick_rows(z, index):
 
     Process r holds rows r*n ... (r+1)*n - 1; each fills in its own and the rest comes by summing.
     """
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    mine = (index >= rank * len(z)) & (index < (rank + 1) * len(z))
-    rows = z[(index - rank * len(z)).clamp(0, len(z) - 1)] * mine[:, None]
+    first = processes()[0] * len(z)
+    mine = (index >= first) & (index < first + len(z))
+    rows = z[(index - first).clamp(0, len(z) - 1)] * mine[:, None]
     return reduce_sum(rows)
 
 
@@ -71,8 +78,9 @@ class EMAQuantizer(nn.Module):
 
     `forward` changes nothing; the training loop calls `start` once and `update` after each step.
     Both see the latents of all processes, so that two processes equal one with the doubled batch.
-    VQ-VAE, arXiv:1711.00937 appendix A.1.  k-means start and restart of dead codes: Jukebox,
-    arXiv:2005.00341 sec. 3.1 (there: random restart only).
+    VQ-VAE, arXiv:1711.00937 appendix A.1.  Restart of dead codes on latents: Jukebox, arXiv:2005.00341 sec. 3.1.
+    Ours: a k-means start, and latents drawn in proportion to their squared distance from the nearest code, as
+    k-means++ seeds its centres; evenly drawn ones are mostly plain background, which has its codes.
     """
 
     def __init__(self, cfg):
@@ -97,18 +105,24 @@ class EMAQuantizer(nn.Module):
         """codes (...) -> latents (..., C)."""
         return F.embedding(codes, self.codebook)
 
-    def draw(self, z, n, step):
-        """n latents (n, C) from those of all processes, a pure function of (latents, step)."""
-        total = int(reduce_sum(torch.tensor(len(z), device=z.device)))
-        g = torch.Generator().manual_seed(step)
-        index = torch.randperm(total, generator=g) if n <= total else torch.randint(total, (n,), generator=g)
-        return pick_rows(z, index[:n].to(z.device))
+    def draw(self, z, weight, n, step):
+        """n latents (n, C) of those of all processes, each as likely as its weight: z (N, C), weight (N,) >= 0.
+
+        A pure function of these and the step.
+        """
+        rank, world = processes()
+        everyone = weight.new_zeros(world, len(weight))
+        everyone[rank] = weight
+        everyone = reduce_sum(everyone).flatten().cpu() + 1e-12
+        index = everyone.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(step))
+        return pick_rows(z, index.to(z.device))
 
     @torch.no_grad()
     def start(self, z, iterations=10):
         """k-means on z (N, C), one Lloyd iteration being an update without memory."""
         z = self.norm(z)
-        self.codebook.copy_(self.draw(z, self.cfg.n_codes, step=0))
+        mean = reduce_sum(z.sum(0)) / (len(z) * processes()[1])
+        self.codebook.copy_(self.draw(z, (z - mean).square().sum(1), self.cfg.n_codes, step=0))
         for i in range(iterations):
             self.update(z, nearest_code(z, self.codebook), step=i, decay=0.0)
 
@@ -128,10 +142,12 @@ class EMAQuantizer(nn.Module):
         self.ema_count.lerp_(count, 1 - decay)
         self.ema_sum.lerp_(total, 1 - decay)
         share = self.ema_count.sum() / self.cfg.n_codes  # what each code would get if all were used alike
+        trial = 2 * self.cfg.restart * share  # a restarted code that nothing chooses is dead again after 69 steps
         dead = self.ema_count < self.cfg.restart * share
-        fresh = self.draw(z, self.cfg.n_codes, step)
-        self.ema_sum.copy_(torch.where(dead[:, None], fresh * share, self.ema_sum))
-        self.ema_count.copy_(torch.where(dead, share, self.ema_count))
+        far = (z - self.lookup(codes)).square().sum(1) * good  # (N,)
+        fresh = self.draw(z, far, self.cfg.n_codes, step)
+        self.ema_sum.copy_(torch.where(dead[:, None], fresh * trial, self.ema_sum))
+        self.ema_count.copy_(torch.where(dead, trial, self.ema_count))
         mean = self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None]
         self.codebook.copy_(torch.where(self.ema_count[:, None] > 1e-6, self.norm(mean), self.codebook))
 
@@ -142,23 +158,20 @@ QUANTIZERS = {"ema": EMAQuantizer}
 # --- encoder and decoder -----------------------------------------------------------------------------
 
 
-def group_norm(ch):
-    """The largest group count up to 32 that divides ch, at four channels a group or more."""
-    return nn.GroupNorm(max(g for g in (1, 2, 4, 8, 16, 32) if ch % g == 0 and ch // g >= min(4, ch)), ch)
-
-
 class ResBlock(nn.Module):
-    """x (B, ch, h, w) -> the same shape."""
+    """x (B, ch, h, w) -> the same shape.  3x3 then 1x1 convolution, VQ-VAE sec. 4.1.
+
+    No normalisation: one over the whole picture would let each code know of all others, and the prior
+    then knows a training picture by its first codes and need not read the caption.
+    """
 
     def __init__(self, ch):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(ch), nn.Conv2d(ch, ch, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(ch), nn.Conv2d(ch, ch, 3, padding=1)
+        self.conv1, self.conv2 = nn.Conv2d(ch, ch, 3, padding=1), nn.Conv2d(ch, ch, 1)
         nn.init.zeros_(self.conv2.weight)  # each block starts as the identity
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
 def widths(cfg):
@@ -172,9 +185,9 @@ class Encoder(nn.Sequential):
     def __init__(self, cfg):
         layers, last = [], 3
         for w in widths(cfg):
-            layers += [nn.Conv2d(last, w, 4, stride=2, padding=1), *(ResBlock(w) for _ in range(cfg.n_res))]
+            layers += [nn.Conv2d(last, w, 4, stride=2, padding=1), *(ResBlock(w) for _ in range(cfg.n_res)), nn.SiLU()]
             last = w
-        super().__init__(*layers, group_norm(last), nn.SiLU(), nn.Conv2d(last, cfg.code_dim, 1))
+        super().__init__(*layers, nn.Conv2d(last, cfg.code_dim, 1))
 
 
 class Decoder(nn.Sequential):
@@ -185,7 +198,7 @@ class Decoder(nn.Sequential):
         layers = [nn.Conv2d(cfg.code_dim, ws[0], 3, padding=1)]
         for w, nxt in zip(ws, [*ws[1:], 3]):
             layers += [ResBlock(w) for _ in range(cfg.n_res)]
-            layers += [group_norm(w), nn.SiLU(), nn.ConvTranspose2d(w, nxt, 4, stride=2, padding=1)]
+            layers += [nn.SiLU(), nn.ConvTranspose2d(w, nxt, 4, stride=2, padding=1)]
         super().__init__(*layers)
 
 

@@ -83,6 +83,18 @@ def test_dead_codes_restart_on_latents_with_a_fresh_average():
     assert torch.allclose(quantizer.codebook, quantizer.ema_sum / quantizer.ema_count[:, None], atol=1e-4)
 
 
+def test_restarts_go_where_the_codebook_is_worst():
+    """Drawn evenly, 15 restarts would nearly all land on the background, which has its code already."""
+    quantizer = QUANTIZERS["ema"](SMALL)
+    z = torch.zeros(1000, 4)
+    z[:100] = (torch.randn(5, 4) + 10).repeat(20, 1)
+    quantizer.codebook.fill_(1e3)
+    quantizer.codebook[0] = 0
+    quantizer.ema_count[1:] = 0
+    quantizer.update(z, nearest_code(z, quantizer.codebook), 0)
+    assert nearest_code(z, quantizer.codebook).unique().numel() == 6
+
+
 def test_an_overflow_does_not_reach_the_codebook():
     """In float16 a step can overflow; the scaler skips it, and the codebook must too."""
     quantizer = QUANTIZERS["ema"](SMALL)
@@ -148,6 +160,16 @@ def test_shapes_for_every_stride_and_oblong_pictures(stride, shape):
     assert vq.decode(codes).shape == x.shape and vq.decode(codes).abs().max() <= 1
     recon, z, flat, loss = vq(x)
     assert recon.shape == x.shape and flat.equal(codes.flatten()) and z.shape == (codes.numel(), 4)
+
+
+def test_a_code_depends_on_its_surroundings_only():
+    """Else each code would know the whole picture, and the prior could tell training pictures by their first one."""
+    vq = VQ(replace(SMALL, stride=4))
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    changed = x.clone()
+    changed[:, :, 32:, 32:] = 0.5
+    moved = (vq.latents(x) != vq.latents(changed)).any(-1)[0]  # (16, 16)
+    assert moved[8:, 8:].all() and not moved[:4].any() and not moved[:, :4].any()
 
 
 def test_a_size_that_the_stride_does_not_divide_is_refused():
