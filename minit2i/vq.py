@@ -24,6 +24,7 @@ class VQConfig:
     stride: Annotated[int, "pixels per code in each direction", (2, 4, 8, 16, 32)] = 4
     ch: Annotated[int, "channels at half resolution; doubled at each further level, up to 4x"] = 64
     n_res: Annotated[int, "residual blocks per level"] = 2
+    local: Annotated[bool, "a code sees its own stride x stride pixels only; easier to predict, harder to draw"] = False
     quantizer: Annotated[str, "how codes are learned (see QUANTIZERS)"] = "ema"
     n_codes: Annotated[int, "codebook size"] = 1024
     code_dim: Annotated[int, "channels of a code"] = 32
@@ -165,9 +166,9 @@ class ResBlock(nn.Module):
     then knows a training picture by its first codes and need not read the caption.
     """
 
-    def __init__(self, ch):
+    def __init__(self, ch, kernel=3):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(ch, ch, 3, padding=1), nn.Conv2d(ch, ch, 1)
+        self.conv1, self.conv2 = nn.Conv2d(ch, ch, kernel, padding=kernel // 2), nn.Conv2d(ch, ch, 1)
         nn.init.zeros_(self.conv2.weight)  # each block starts as the identity
 
     def forward(self, x):
@@ -180,12 +181,16 @@ def widths(cfg):
 
 
 class Encoder(nn.Sequential):
-    """Strided convolutions with residual blocks: (B, 3, H, W) -> (B, C, H/stride, W/stride)."""
+    """Strided convolutions with residual blocks: (B, 3, H, W) -> (B, C, H/stride, W/stride).
+
+    Kernels of 4 and 3, as VQ-VAE's, so that neighbouring codes overlap; or, if cfg.local, of 2 and 1.
+    """
 
     def __init__(self, cfg):
         layers, last = [], 3
+        down, res = (dict(kernel_size=2), 1) if cfg.local else (dict(kernel_size=4, padding=1), 3)
         for w in widths(cfg):
-            layers += [nn.Conv2d(last, w, 4, stride=2, padding=1), *(ResBlock(w) for _ in range(cfg.n_res)), nn.SiLU()]
+            layers += [nn.Conv2d(last, w, stride=2, **down), *(ResBlock(w, res) for _ in range(cfg.n_res)), nn.SiLU()]
             last = w
         super().__init__(*layers, nn.Conv2d(last, cfg.code_dim, 1))
 

@@ -164,12 +164,16 @@ def test_shapes_for_every_stride_and_oblong_pictures(stride, shape):
 
 def test_a_code_depends_on_its_surroundings_only():
     """Else each code would know the whole picture, and the prior could tell training pictures by their first one."""
-    vq = VQ(replace(SMALL, stride=4))
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     changed = x.clone()
     changed[:, :, 32:, 32:] = 0.5
-    moved = (vq.latents(x) != vq.latents(changed)).any(-1)[0]  # (16, 16)
-    assert moved[8:, 8:].all() and not moved[:4].any() and not moved[:, :4].any()
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[8:, 8:] = True
+    for local in (False, True):
+        vq = VQ(replace(SMALL, stride=4, local=local))
+        moved = (vq.latents(x) != vq.latents(changed)).any(-1)[0]  # (16, 16)
+        assert moved[inside].all() and not moved[:4].any() and not moved[:, :4].any()
+        assert moved.equal(inside) == local
 
 
 def test_a_size_that_the_stride_does_not_divide_is_refused():
