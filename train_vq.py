@@ -146,7 +146,7 @@ def main():
         for k, images in enumerate(parts):
             forward.require_backward_grad_sync = k == cfg.accum - 1
             with autocast(p.device, precision):
-                recon, z, c, quantizer_loss = forward(images)
+                recon, z, c, quantizer_loss = forward(images, step)
             error = recon.float() - images
             loss = (error.abs() if cfg.recon == "l1" else error.square()).mean() + quantizer_loss.float()
             scaler.scale(loss / cfg.accum).backward()

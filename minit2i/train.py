@@ -245,11 +245,12 @@ def lr_at(step, cfg):
 
 
 def make_optimizer(model, cfg):
-    """AdamW that decays matrices and convolutions, not gains, biases and embeddings of one dimension."""
+    """AdamW that decays matrices and convolutions, not gains, biases and a codebook."""
     params = [p for p in model.parameters() if p.requires_grad]
+    kept = {id(p) for name, p in model.named_parameters() if p.dim() < 2 or name.endswith("codebook")}
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if id(p) not in kept], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params if id(p) in kept], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=params[0].device.type != "mps")
 

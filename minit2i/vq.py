@@ -7,7 +7,9 @@ VQ-VAE, van den Oord et al., arXiv:1711.00937, with the moving-average codebook 
 Shapes: B batch, H W picture, h w code grid, N = B*h*w latents, C code dimension, V codebook size.
 """
 
+import math
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import Annotated
 
 import torch
@@ -31,22 +33,26 @@ class VQConfig:
     l2_norm: Annotated[bool, "l2-normalise latents and codes (ViT-VQGAN, arXiv:2110.04627 sec. 3.2)"] = False
     beta: Annotated[float, "weight of the commitment loss"] = 0.25
     decay: Annotated[float, "moving-average decay of the codebook"] = 0.99
+    kl_weight: Annotated[float, "gumbel: final weight of the KL to even use (DALL-E)"] = 6.6
+    kl_steps: Annotated[int, "gumbel: steps over which that weight rises from 0"] = 5000
+    tau_steps: Annotated[int, "gumbel: steps over which the temperature falls from 1 to 1/16 (DALL-E: 150,000)"] = 5000
     restart: Annotated[float, "codes used less than this fraction of an even share are restarted; 0: never"] = 0.1
 
 
 # --- quantizers ------------------------------------------------------------------------------------
 
 
-def nearest_code(z, codebook):
+def nearest_code(z, codebook, most=2**22):
     """Index of the nearest codebook entry.
 
-    z (N, C), codebook (V, C) -> codes (N,) in [0, V).  Computed in float32; |z|^2 is the same for
-    every code and left out.  VQ-VAE, arXiv:1711.00937 eq. 1.
+    z (N, C), codebook (V, C) -> codes (N,) in [0, V).  Computed in float32, `most` distances at a time; |z|^2 is
+    the same for every code and left out.  VQ-VAE, arXiv:1711.00937 eq. 1.
     """
     with torch.autocast(z.device.type, enabled=False):
         z, codebook = z.float(), codebook.float()
-        distance = torch.addmm(codebook.square().sum(1), z, codebook.t(), alpha=-2)  # (N, V)
-        return distance.argmin(1)
+        norm = codebook.square().sum(1)  # (V,)
+        parts = z.split(max(1, most // len(codebook)))
+        return torch.cat([torch.addmm(norm, part, codebook.t(), alpha=-2).argmin(1) for part in parts])
 
 
 def processes():
@@ -74,86 +80,227 @@ def pick_rows(z, index):
     return reduce_sum(rows)
 
 
-class EMAQuantizer(nn.Module):
-    """Nearest code, straight-through gradient, codebook as a moving average of its latents.
+class Quantizer(nn.Module):
+    """Nearest code, straight-through gradient; what all quantizers share.  By itself "fixed": the codebook stays.
 
     `forward` changes nothing; the training loop calls `start` once and `update` after each step.
     Both see the latents of all processes, so that two processes equal one with the doubled batch.
-    VQ-VAE, arXiv:1711.00937 appendix A.1.  Restart of dead codes on latents: Jukebox, arXiv:2005.00341 sec. 3.1.
-    Ours: a k-means start, and latents drawn in proportion to their squared distance from the nearest code, as
-    k-means++ seeds its centres; evenly drawn ones are mostly plain background, which has its codes.
+    Fixed codebook: CogView, arXiv:2105.13290 sec. 2.2; here it starts by k-means, as the others do.
     """
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.register_buffer("codebook", self.norm(torch.randn(cfg.n_codes, cfg.code_dim)))
         self.register_buffer("ema_count", torch.ones(cfg.n_codes))
-        self.register_buffer("ema_sum", self.codebook.clone())
+        self.add_codebook(self.norm(torch.randn(cfg.n_codes, self.widths(cfg)[1])))
+
+    @staticmethod
+    def widths(cfg):
+        """Channels of a latent, and of what a code stands for."""
+        return cfg.code_dim, cfg.code_dim
+
+    def add_codebook(self, codes):
+        self.register_buffer("codebook", codes)
 
     def norm(self, z):
         return F.normalize(z.float(), dim=-1) if self.cfg.l2_norm else z.float()
 
-    def forward(self, z):
-        """z (N, C) -> z_q (N, C) with z's gradient, codes (N,), commitment loss ()."""
+    def forward(self, z, step=None):
+        """z (N, C) -> z_q (N, C) with z's gradient, codes (N,), loss ().  step: of the training; None: use, not train."""
         z = self.norm(z)
         codes = nearest_code(z, self.codebook)
         z_q = self.lookup(codes)
-        loss = self.cfg.beta * F.mse_loss(z, z_q)
-        return z + (z_q - z).detach(), codes, loss
+        return z + (z_q - z).detach(), codes, self.loss(z, z_q)
+
+    def loss(self, z, z_q):
+        """Commitment, VQ-VAE eq. 3: moves the latent to its code."""
+        return self.cfg.beta * F.mse_loss(z, z_q.detach())
 
     def lookup(self, codes):
         """codes (...) -> latents (..., C)."""
-        return F.embedding(codes, self.codebook)
+        return self.norm(F.embedding(codes, self.codebook))
 
-    def draw(self, z, weight, n, step):
-        """n latents (n, C) of those of all processes, each as likely as its weight: z (N, C), weight (N,) >= 0.
+    def draw(self, z, codes, n, step):
+        """n latents (n, C) of those of all processes: a pure function of z (N, C), their codes (N,) and the step.
 
-        A pure function of these and the step.
+        In proportion to the squared distance from their code, as k-means++ seeds its centres: evenly drawn ones
+        would mostly be plain background, which has its codes.
         """
         rank, world = processes()
-        everyone = weight.new_zeros(world, len(weight))
-        everyone[rank] = weight
-        everyone = reduce_sum(everyone).flatten().cpu() + 1e-12
-        index = everyone.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(step))
+        weight = z.new_zeros(world, len(z))
+        weight[rank] = (z - F.embedding(codes, self.codebook)).square().sum(1)
+        weight = reduce_sum(weight).flatten().cpu() + 1e-12
+        index = weight.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(step))
         return pick_rows(z, index.to(z.device))
+
+    def tally(self, z, codes, good=1.0):
+        """How many latents chose each code (V,), and the latents' sum (V, C), over all processes."""
+        count = torch.zeros_like(self.ema_count).index_add_(0, codes, torch.ones_like(z[:, 0]) * good)
+        total = torch.zeros_like(self.codebook).index_add_(0, codes, z)
+        return reduce_sum(count), reduce_sum(total)
 
     @torch.no_grad()
     def start(self, z, iterations=10):
-        """k-means on z (N, C), one Lloyd iteration being an update without memory."""
+        """k-means on z (N, C); a centre that nothing chooses moves to a latent far from all."""
         z = self.norm(z)
-        mean = reduce_sum(z.sum(0)) / (len(z) * processes()[1])
-        self.codebook.copy_(self.draw(z, (z - mean).square().sum(1), self.cfg.n_codes, step=0))
+        self.codebook.copy_(reduce_sum(z.sum(0)) / (len(z) * processes()[1]))  # all at the mean
+        self.codebook.copy_(self.draw(z, torch.zeros(len(z), dtype=torch.long, device=z.device), len(self.codebook), 0))
         for i in range(iterations):
-            self.update(z, nearest_code(z, self.codebook), step=i, decay=0.0)
+            codes = nearest_code(z, self.codebook)
+            count, total = self.tally(z, codes)
+            fresh = self.draw(z, codes, len(count), i)
+            centre = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], fresh)
+            self.place(count >= 0, self.norm(centre), count.clamp_min(1))
+
+    def place(self, which, codes, count):
+        """Put the codes `which` (V,) at the rows of codes (V, C), as if used `count` times a step."""
+        self.codebook.copy_(torch.where(which[:, None], codes, self.codebook))
+        self.ema_count.copy_(torch.where(which, count, self.ema_count))
 
     @torch.no_grad()
-    def update(self, z, codes, step, decay=None):
-        """Move the codebook towards the latents that chose it; restart the codes that few choose.
+    def update(self, z, codes, step):
+        """Count the codes (for the log), and let the codebook learn.
 
-        z (N, C), codes (N,), step: the training step, which seeds the restarts.
+        z (N, C), codes (N,); step: the training step, which seeds the restarts.
         """
-        decay = self.cfg.decay if decay is None else decay
         z = self.norm(z)
         good = z.isfinite().all(1)  # a step that overflows in float16 is skipped; it must not reach the codebook
         z = torch.where(good[:, None], z, 0)
-        count = torch.zeros_like(self.ema_count).index_add_(0, codes, good.float())  # (V,)
-        total = torch.zeros_like(self.codebook).index_add_(0, codes, z)  # (V, C)
-        reduce_sum(count), reduce_sum(total)
-        self.ema_count.lerp_(count, 1 - decay)
-        self.ema_sum.lerp_(total, 1 - decay)
-        share = self.ema_count.sum() / self.cfg.n_codes  # what each code would get if all were used alike
-        trial = 2 * self.cfg.restart * share  # a restarted code that nothing chooses is dead again after 69 steps
+        count, total = self.tally(z, codes, good)
+        self.ema_count.lerp_(count, 1 - self.cfg.decay)
+        self.learn(z, codes, total, step)
+
+    def learn(self, z, codes, total, step):
+        """Move the codebook, given latents, codes and the latents' sum for each code (V, C); here: not at all."""
+
+    def restart(self, z, codes, step):
+        """Codes that few choose move to latents that are far from all.  Jukebox, arXiv:2005.00341 sec. 3.1."""
+        share = self.ema_count.mean()  # what each code would get if all were used alike
         dead = self.ema_count < self.cfg.restart * share
-        far = (z - self.lookup(codes)).square().sum(1) * good  # (N,)
-        fresh = self.draw(z, far, self.cfg.n_codes, step)
-        self.ema_sum.copy_(torch.where(dead[:, None], fresh * trial, self.ema_sum))
-        self.ema_count.copy_(torch.where(dead, trial, self.ema_count))
+        trial = 2 * self.cfg.restart * share  # one that nothing chooses is dead again after 69 steps at decay 0.99
+        self.place(dead, self.draw(z, codes, len(dead), step), trial)
+
+
+class EMAQuantizer(Quantizer):
+    """The codebook is a moving average of the latents that chose each code.  VQ-VAE appendix A.1."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.register_buffer("ema_sum", self.codebook.clone())
+
+    def learn(self, z, codes, total, step):
+        self.ema_sum.lerp_(total, 1 - self.cfg.decay)
         mean = self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None]
         self.codebook.copy_(torch.where(self.ema_count[:, None] > 1e-6, self.norm(mean), self.codebook))
+        self.restart(z, codes, step)
+
+    def place(self, which, codes, count):
+        super().place(which, codes, count)
+        self.ema_sum.copy_(torch.where(which[:, None], codes * self.ema_count[:, None], self.ema_sum))
 
 
-QUANTIZERS = {"ema": EMAQuantizer}
+class STQuantizer(Quantizer):
+    """The codebook learns by gradient: VQ-VAE eq. 3, second term, not weighted by beta."""
+
+    def add_codebook(self, codes):
+        self.codebook = nn.Parameter(codes)
+
+    def loss(self, z, z_q):
+        return F.mse_loss(z_q, z.detach()) + super().loss(z, z_q)
+
+    def learn(self, z, codes, total, step):
+        self.restart(z, codes, step)
+
+
+class GumbelQuantizer(Quantizer):
+    """DALL-E's relaxation: the encoder gives a logit for each code, the decoder a mixture of the codes.
+
+    The mixture is a Gumbel-softmax sample while training (step given), and the likeliest code else.  Temperature
+    1 -> 1/16 and KL weight 0 -> 6.6, both on cosine schedules; the KL to the uniform distribution, in nats, is
+    summed over a picture's codes and divided by its 3 H W values as DALL-E divides the whole bound, which is
+    1 / (3 stride^2) a code.  arXiv:2102.12092 sec. 2.1 and appendix A.2.
+    """
+
+    @staticmethod
+    def widths(cfg):
+        return cfg.n_codes, cfg.code_dim
+
+    def add_codebook(self, codes):
+        self.codebook = nn.Parameter(codes)
+
+    def forward(self, z, step=None):
+        logits = z.float()  # (N, V)
+        codes = logits.argmax(1)
+        if step is None:
+            return self.lookup(codes), codes, logits.new_zeros(())
+        cfg = self.cfg
+        log_p = logits.log_softmax(1)
+        kl = (log_p.exp() * (log_p + math.log(cfg.n_codes))).sum(1).mean()
+        soft = F.gumbel_softmax(logits, cosine(step, cfg.tau_steps, 1.0, 1 / 16))
+        weight = cosine(step, cfg.kl_steps, 0.0, cfg.kl_weight) / (3 * cfg.stride**2)
+        return soft @ self.norm(self.codebook), codes, weight * kl
+
+    def start(self, z):
+        """Nothing to do: logits have no clusters."""
+
+    def tally(self, z, codes, good=1.0):
+        return reduce_sum(torch.zeros_like(self.ema_count).index_add_(0, codes, torch.ones_like(z[:, 0]) * good)), None
+
+
+class FSQQuantizer(Quantizer):
+    """Finite scalar quantization: each of a few channels is rounded to its levels; no codebook is learned.
+
+    arXiv:2309.15505 sec. 3.1 and appendix A.1.  A code is the number whose mixed-radix digits are the levels.
+    """
+
+    @staticmethod
+    def widths(cfg):
+        return (len(fsq_levels(cfg.n_codes)),) * 2
+
+    def add_codebook(self, codes):
+        levels = fsq_levels(self.cfg.n_codes)
+        digits = torch.cartesian_prod(*(torch.arange(n) for n in levels)).view(-1, len(levels))  # (V, C)
+        half = torch.tensor([n // 2 for n in levels])
+        self.register_buffer("codebook", (digits - half) / half, persistent=False)
+
+    def norm(self, z):
+        return z.float()
+
+    def forward(self, z, step=None):
+        levels = torch.tensor(fsq_levels(self.cfg.n_codes), device=z.device)
+        half = (levels - 1) * (1 + 1e-3) / 2
+        offset = torch.where(levels % 2 == 0, 0.5, 0.0)
+        z = (z.float() + (offset / half).atanh()).tanh() * half - offset  # (N, C), rounds to -n//2 ... (n-1)//2
+        digits = z + (z.round() - z).detach()
+        place = torch.tensor([math.prod(levels[i + 1 :].tolist()) for i in range(len(levels))], device=z.device)
+        codes = ((digits.detach() + levels // 2) * place).sum(1).round().long()
+        return digits / (levels // 2), codes, z.new_zeros(())
+
+    start = GumbelQuantizer.start
+    tally = GumbelQuantizer.tally
+
+
+def fsq_levels(n_codes):
+    """Numbers from 5 to 16 (arXiv:2309.15505 sec. 4.1: not below 5) whose product is n_codes, as many as can be."""
+    for n in range(7, 0, -1):
+        for levels in combinations_with_replacement(range(5, 17), n):
+            if math.prod(levels) == n_codes:
+                return levels
+    raise ValueError(f"n_codes {n_codes} is no product of numbers from 5 to 16, as fsq needs; use 512, 1000 or 1024")
+
+
+def cosine(step, steps, first, last):
+    """From `first` to `last` over `steps`, along half a cosine."""
+    return last + (first - last) * (1 + math.cos(math.pi * min(1, step / steps))) / 2
+
+
+QUANTIZERS = {
+    "ema": EMAQuantizer,
+    "st": STQuantizer,
+    "fixed": Quantizer,
+    "gumbel": GumbelQuantizer,
+    "fsq": FSQQuantizer,
+}
 
 
 # --- encoder and decoder -----------------------------------------------------------------------------
@@ -192,7 +339,7 @@ class Encoder(nn.Sequential):
         for w in widths(cfg):
             layers += [nn.Conv2d(last, w, stride=2, **down), *(ResBlock(w, res) for _ in range(cfg.n_res)), nn.SiLU()]
             last = w
-        super().__init__(*layers, nn.Conv2d(last, cfg.code_dim, 1))
+        super().__init__(*layers, nn.Conv2d(last, QUANTIZERS[cfg.quantizer].widths(cfg)[0], 1))
 
 
 class Decoder(nn.Sequential):
@@ -200,7 +347,7 @@ class Decoder(nn.Sequential):
 
     def __init__(self, cfg):
         ws = widths(cfg)[::-1]
-        layers = [nn.Conv2d(cfg.code_dim, ws[0], 3, padding=1)]
+        layers = [nn.Conv2d(QUANTIZERS[cfg.quantizer].widths(cfg)[1], ws[0], 3, padding=1)]
         for w, nxt in zip(ws, [*ws[1:], 3]):
             layers += [ResBlock(w) for _ in range(cfg.n_res)]
             layers += [nn.SiLU(), nn.ConvTranspose2d(w, nxt, 4, stride=2, padding=1)]
@@ -234,11 +381,11 @@ class VQ(nn.Module):
         self.grid(*image.shape[-2:])
         return rearrange(self.encoder(image), "b c h w -> b h w c")
 
-    def forward(self, image):
+    def forward(self, image, step=None):
         """Training pass: image (B, 3, H, W) -> reconstruction, latents (N, C), codes (N,), quantizer loss."""
         z = self.latents(image)  # (B, h, w, C)
         flat = rearrange(z, "b h w c -> (b h w) c")
-        z_q, codes, loss = self.quantizer(flat)
+        z_q, codes, loss = self.quantizer(flat, step)
         z_q = rearrange(z_q, "(b h w) c -> b c h w", b=z.shape[0], h=z.shape[1])
         return self.decoder(z_q), flat.detach(), codes, loss
 

@@ -17,7 +17,7 @@ SMALL = VQConfig(stride=4, ch=8, n_res=1, n_codes=16, code_dim=4)
 def test_nearest_code_equals_a_loop():
     z, codebook = torch.randn(50, 4), torch.randn(16, 4)
     expected = [min(range(16), key=lambda v: float(((z[i] - codebook[v]) ** 2).sum())) for i in range(50)]
-    assert nearest_code(z, codebook).tolist() == expected
+    assert nearest_code(z, codebook).tolist() == nearest_code(z, codebook, most=100).tolist() == expected
 
 
 def test_nearest_code_is_computed_in_float32_under_autocast():
@@ -30,30 +30,73 @@ def test_nearest_code_is_computed_in_float32_under_autocast():
 @pytest.mark.parametrize("l2_norm", [False, True])
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_quantizer_door(name, l2_norm):
-    """latents -> (z_q, codes, loss); codes -> latents; the gradient passes straight through."""
+    """latents -> (z_q, codes, loss); codes -> latents; forward changes nothing; a gradient arrives."""
     cfg = replace(SMALL, quantizer=name, l2_norm=l2_norm)
     quantizer = QUANTIZERS[name](cfg)
-    z = torch.randn(30, 4, requires_grad=True)
+    wide, narrow = quantizer.widths(cfg)
+    z = torch.randn(30, wide, requires_grad=True)
     before = {k: v.clone() for k, v in quantizer.state_dict().items()}
     z_q, codes, loss = quantizer(z)
-    assert z_q.shape == z.shape and codes.shape == (30,) and 0 <= codes.min() and codes.max() < 16
-    assert torch.allclose(z_q, quantizer.lookup(codes), atol=1e-6) and loss >= 0
+    assert z_q.shape == (30, narrow) and codes.shape == (30,) and 0 <= codes.min() and codes.max() < 16 and loss >= 0
+    assert torch.allclose(z_q, quantizer.lookup(codes), atol=1e-6)
     assert all(v.equal(before[k]) for k, v in quantizer.state_dict().items()), "forward must change nothing"
-    if not l2_norm:
-        weight = torch.randn(30, 4)
-        (grad,) = torch.autograd.grad((z_q * weight).sum(), z)
-        assert torch.allclose(grad, weight)
-    else:
-        assert torch.allclose(z_q.norm(dim=1), torch.ones(30), atol=1e-5)
+    z_q, _, _ = quantizer(z, step=0)
+    (grad,) = torch.autograd.grad((z_q * torch.randn(30, narrow)).sum(), z)
+    assert grad.abs().sum(1).min() > 0
 
 
-def test_commitment_loss_pulls_the_encoder_only():
-    quantizer = QUANTIZERS["ema"](SMALL)
+@pytest.mark.parametrize("name", ["ema", "st", "fixed"])
+def test_the_gradient_passes_straight_through(name):
+    quantizer = QUANTIZERS[name](replace(SMALL, quantizer=name))
+    z, weight = torch.randn(30, 4, requires_grad=True), torch.randn(30, 4)
+    (grad,) = torch.autograd.grad((quantizer(z)[0] * weight).sum(), z)
+    assert grad.equal(weight)
+
+
+@pytest.mark.parametrize("name", ["ema", "st", "fixed"])
+def test_beta_weighs_the_pull_on_the_encoder_and_nothing_else(name):
+    """The classic mistake is beta on the codebook's term."""
+    quantizer = QUANTIZERS[name](replace(SMALL, quantizer=name))
     z = torch.randn(30, 4, requires_grad=True)
-    z_q, codes, loss = quantizer(z)
-    (grad,) = torch.autograd.grad(loss, z)
-    expected = SMALL.beta * 2 * (z - quantizer.codebook[codes]) / z.numel()
-    assert torch.allclose(grad, expected.detach(), atol=1e-7) and not quantizer.codebook.requires_grad
+    _, codes, loss = quantizer(z)
+    pull = 2 * (z - quantizer.codebook[codes]).detach() / z.numel()
+    (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
+    assert torch.allclose(grad, SMALL.beta * pull, atol=1e-7)
+    assert quantizer.codebook.requires_grad == (name == "st")
+    if name == "st":
+        (grad,) = torch.autograd.grad(loss, quantizer.codebook)
+        assert torch.allclose(grad, torch.zeros(16, 4).index_add_(0, codes, -pull), atol=1e-7)
+
+
+def test_gumbel_loss_and_schedules():
+    """KL to the even distribution in closed form, weighted by 6.6 / (3 * 64) a code at stride 8; cosine schedules."""
+    cfg = replace(SMALL, quantizer="gumbel", stride=8, kl_steps=100, tau_steps=200)
+    quantizer, z = QUANTIZERS["gumbel"](cfg), torch.randn(30, 16)
+    p = z.double().softmax(1)
+    kl = sum(float(q * (q * 16).log()) for q in p.flatten()) / 30
+    for step, weight in ((0, 0.0), (50, 3.3), (100, 6.6), (1000, 6.6)):
+        assert abs(float(quantizer(z, step)[2]) - weight / 192 * kl) < 1e-5
+    assert quantizer(z * 0, 100)[2].abs() < 1e-6
+    nearness = [
+        float((quantizer(z, step)[0] - quantizer.codebook[:, None]).norm(dim=2).min(0).values.mean())
+        for step in (0, 200)
+    ]
+    assert nearness[1] < 0.3 * nearness[0], "a low temperature takes nearly one code"
+
+
+@pytest.mark.parametrize("n_codes", [16, 240, 1000, 1024])
+def test_fsq_reaches_every_code_and_returns_to_it(n_codes):
+    cfg = replace(SMALL, quantizer="fsq", n_codes=n_codes)
+    quantizer = QUANTIZERS["fsq"](cfg)
+    assert quantizer.codebook.unique(dim=0).shape == (n_codes, quantizer.widths(cfg)[0])
+    assert quantizer.codebook.min() == -1 and quantizer.codebook.max() <= 1
+    z_q, codes, _ = quantizer(torch.randn(200_000, quantizer.widths(cfg)[0]) * 2)
+    assert codes.unique().numel() == n_codes and torch.allclose(z_q, quantizer.lookup(codes), atol=1e-6)
+
+
+def test_fsq_refuses_what_it_cannot_factor():
+    with pytest.raises(ValueError, match="1021 is no product"):
+        QUANTIZERS["fsq"](replace(SMALL, quantizer="fsq", n_codes=1021))
 
 
 def test_moving_average_equals_a_loop():
