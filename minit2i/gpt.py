@@ -28,7 +28,7 @@ class GPTConfig:
     n_embd: Annotated[int, "width"] = 256
     text_len: Annotated[int, "text positions T, beginning and end mark included"] = 32
     mask: Annotated[str, "which positions see which (see MASKS)"] = "full"
-    pos: Annotated[str, "positions: learned (text, row, column), or 2-D rotary", ("learned", "rotary")] = "rotary"
+    pos: Annotated[str, "positions: learned (text, row, column), or 2-D rotary", ("learned", "rotary")] = "learned"
     norm: Annotated[str, "normalisation", ("layernorm", "rmsnorm")] = "rmsnorm"
     mlp: Annotated[str, "feed-forward layer", ("gelu", "swiglu")] = "swiglu"
     qk_norm: Annotated[bool, "normalise queries and keys per head"] = True
@@ -69,6 +69,7 @@ def rotary_tables(cfg):
     RoPE, arXiv:2104.09864, half of the frequencies turning with the row and half with the column.
     Text lies on the diagonal before the grid's corner: token t at (t-T, t-T), as in M-RoPE,
     arXiv:2409.12191 sec. 2.1 (there text and picture order are reversed).
+    Not the default: priors with learned positions came to follow captions sooner (README, "Defaults").
     """
     half = cfg.n_embd // cfg.n_head // 4  # frequencies per axis
     text = torch.arange(-cfg.text_len, 0).float()
