@@ -133,10 +133,10 @@ class Quantizer(nn.Module):
         index = weight.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(step))
         return pick_rows(z, index.to(z.device))
 
-    def tally(self, z, codes, good=1.0):
-        """How many latents chose each code (V,), and the latents' sum (V, C), over all processes."""
-        count = torch.zeros_like(self.ema_count).index_add_(0, codes, torch.ones_like(z[:, 0]) * good)
-        total = torch.zeros_like(self.codebook).index_add_(0, codes, z)
+    def tally(self, z, codes, weight):
+        """How many latents chose each code (V,), and the latents' sum (V, C), over all processes; weight (N,)."""
+        count = torch.zeros_like(self.ema_count).index_add_(0, codes, weight)
+        total = torch.zeros_like(self.codebook).index_add_(0, codes, z * weight[:, None])
         return reduce_sum(count), reduce_sum(total)
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class Quantizer(nn.Module):
         self.codebook.copy_(self.draw(z, torch.zeros(len(z), dtype=torch.long, device=z.device), len(self.codebook), 0))
         for i in range(iterations):
             codes = nearest_code(z, self.codebook)
-            count, total = self.tally(z, codes)
+            count, total = self.tally(z, codes, torch.ones_like(z[:, 0]))
             fresh = self.draw(z, codes, len(count), i)
             centre = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], fresh)
             self.place(count >= 0, self.norm(centre), count.clamp_min(1))
@@ -166,7 +166,7 @@ class Quantizer(nn.Module):
         z = self.norm(z)
         good = z.isfinite().all(1)  # a step that overflows in float16 is skipped; it must not reach the codebook
         z = torch.where(good[:, None], z, 0)
-        count, total = self.tally(z, codes, good)
+        count, total = self.tally(z, codes, good.float())
         self.ema_count.lerp_(count, 1 - self.cfg.decay)
         self.learn(z, codes, total, step)
 
@@ -243,8 +243,8 @@ class GumbelQuantizer(Quantizer):
     def start(self, z):
         """Nothing to do: logits have no clusters."""
 
-    def tally(self, z, codes, good=1.0):
-        return reduce_sum(torch.zeros_like(self.ema_count).index_add_(0, codes, torch.ones_like(z[:, 0]) * good)), None
+    def tally(self, z, codes, weight):
+        return reduce_sum(torch.zeros_like(self.ema_count).index_add_(0, codes, weight)), None
 
 
 class FSQQuantizer(Quantizer):
