@@ -133,11 +133,13 @@ class Quantizer(nn.Module):
         index = weight.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(step))
         return pick_rows(z, index.to(z.device))
 
-    def tally(self, z, codes, weight):
-        """How many latents chose each code (V,), and the latents' sum (V, C), over all processes; weight (N,)."""
-        count = torch.zeros_like(self.ema_count).index_add_(0, codes, weight)
-        total = torch.zeros_like(self.codebook).index_add_(0, codes, z * weight[:, None])
-        return reduce_sum(count), reduce_sum(total)
+    def count(self, codes, weight):
+        """How many latents of all processes chose each code: codes (N,), weight (N,) -> (V,)."""
+        return reduce_sum(torch.zeros_like(self.ema_count).index_add_(0, codes, weight))
+
+    def sums(self, z, codes):
+        """Sum of the latents of all processes that chose each code: z (N, C), codes (N,) -> (V, C)."""
+        return reduce_sum(torch.zeros_like(self.codebook).index_add_(0, codes, z))
 
     @torch.no_grad()
     def start(self, z, iterations=10):
@@ -147,9 +149,9 @@ class Quantizer(nn.Module):
         self.codebook.copy_(self.draw(z, torch.zeros(len(z), dtype=torch.long, device=z.device), len(self.codebook), 0))
         for i in range(iterations):
             codes = nearest_code(z, self.codebook)
-            count, total = self.tally(z, codes, torch.ones_like(z[:, 0]))
+            count = self.count(codes, torch.ones_like(z[:, 0]))
             fresh = self.draw(z, codes, len(count), i)
-            centre = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], fresh)
+            centre = torch.where(count[:, None] > 0, self.sums(z, codes) / count.clamp_min(1)[:, None], fresh)
             self.place(count >= 0, self.norm(centre), count.clamp_min(1))
 
     def place(self, which, codes, count):
@@ -166,12 +168,11 @@ class Quantizer(nn.Module):
         z = self.norm(z)
         good = z.isfinite().all(1)  # a step that overflows in float16 is skipped; it must not reach the codebook
         z = torch.where(good[:, None], z, 0)
-        count, total = self.tally(z, codes, good.float())
-        self.ema_count.lerp_(count, 1 - self.cfg.decay)
-        self.learn(z, codes, total, step)
+        self.ema_count.lerp_(self.count(codes, good.float()), 1 - self.cfg.decay)
+        self.learn(z, codes, step)
 
-    def learn(self, z, codes, total, step):
-        """Move the codebook, given latents, codes and the latents' sum for each code (V, C); here: not at all."""
+    def learn(self, z, codes, step):
+        """Move the codebook; here: not at all."""
 
     def restart(self, z, codes, step):
         """Codes that few choose move to latents that are far from all.  Jukebox, arXiv:2005.00341 sec. 3.1."""
@@ -188,8 +189,8 @@ class EMAQuantizer(Quantizer):
         super().__init__(cfg)
         self.register_buffer("ema_sum", self.codebook.clone())
 
-    def learn(self, z, codes, total, step):
-        self.ema_sum.lerp_(total, 1 - self.cfg.decay)
+    def learn(self, z, codes, step):
+        self.ema_sum.lerp_(self.sums(z, codes), 1 - self.cfg.decay)
         mean = self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None]
         self.codebook.copy_(torch.where(self.ema_count[:, None] > 1e-6, self.norm(mean), self.codebook))
         self.restart(z, codes, step)
@@ -208,7 +209,7 @@ class STQuantizer(Quantizer):
     def loss(self, z, z_q):
         return F.mse_loss(z_q, z.detach()) + super().loss(z, z_q)
 
-    def learn(self, z, codes, total, step):
+    def learn(self, z, codes, step):
         self.restart(z, codes, step)
 
 
@@ -243,9 +244,6 @@ class GumbelQuantizer(Quantizer):
     def start(self, z):
         """Nothing to do: logits have no clusters."""
 
-    def tally(self, z, codes, weight):
-        return reduce_sum(torch.zeros_like(self.ema_count).index_add_(0, codes, weight)), None
-
 
 class FSQQuantizer(Quantizer):
     """Finite scalar quantization: each of a few channels is rounded to its levels; no codebook is learned.
@@ -276,8 +274,8 @@ class FSQQuantizer(Quantizer):
         codes = ((digits.detach() + levels // 2) * place).sum(1).round().long()
         return digits / (levels // 2), codes, z.new_zeros(())
 
-    start = GumbelQuantizer.start
-    tally = GumbelQuantizer.tally
+    def start(self, z):
+        """Nothing to do: the codes are where they are."""
 
 
 def fsq_levels(n_codes):
