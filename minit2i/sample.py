@@ -26,7 +26,7 @@ class SampleConfig:
     """How codes are drawn; every value is written into the pictures."""
 
     n: Annotated[int, "pictures of each prompt"] = 4
-    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 1.3
+    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 1.5
     cfg_schedule: Annotated[str, "guidance over the codes: constant, or rising from 1", ("constant", "rising")] = (
         "constant"
     )

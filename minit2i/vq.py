@@ -26,7 +26,9 @@ class VQConfig:
     stride: Annotated[int, "pixels per code in each direction", (2, 4, 8, 16, 32)] = 4
     ch: Annotated[int, "channels at half resolution; doubled at each further level, up to 4x"] = 64
     n_res: Annotated[int, "residual blocks per level"] = 2
-    local: Annotated[bool, "a code sees its own stride x stride pixels only; easier to predict, harder to draw"] = False
+    patchwise: Annotated[bool, "a code sees its own stride x stride pixels only; easier to predict, harder to draw"] = (
+        False
+    )
     quantizer: Annotated[str, "how codes are learned (see QUANTIZERS)"] = "ema"
     n_codes: Annotated[int, "codebook size"] = 1024
     code_dim: Annotated[int, "channels of a code"] = 32
@@ -328,12 +330,12 @@ def widths(cfg):
 class Encoder(nn.Sequential):
     """Strided convolutions with residual blocks: (B, 3, H, W) -> (B, C, H/stride, W/stride).
 
-    Kernels of 4 and 3, as VQ-VAE's, so that neighbouring codes overlap; or, if cfg.local, of 2 and 1.
+    Kernels of 4 and 3, as VQ-VAE's, so that neighbouring codes overlap; or, if cfg.patchwise, of 2 and 1.
     """
 
     def __init__(self, cfg):
         layers, last = [], 3
-        down, res = (dict(kernel_size=2), 1) if cfg.local else (dict(kernel_size=4, padding=1), 3)
+        down, res = (dict(kernel_size=2), 1) if cfg.patchwise else (dict(kernel_size=4, padding=1), 3)
         for w in widths(cfg):
             layers += [nn.Conv2d(last, w, stride=2, **down), *(ResBlock(w, res) for _ in range(cfg.n_res)), nn.SiLU()]
             last = w

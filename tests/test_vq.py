@@ -212,11 +212,11 @@ def test_a_code_depends_on_its_surroundings_only():
     changed[:, :, 32:, 32:] = 0.5
     inside = torch.zeros(16, 16, dtype=torch.bool)
     inside[8:, 8:] = True
-    for local in (False, True):
-        vq = VQ(replace(SMALL, stride=4, local=local))
+    for patchwise in (False, True):
+        vq = VQ(replace(SMALL, stride=4, patchwise=patchwise))
         moved = (vq.latents(x) != vq.latents(changed)).any(-1)[0]  # (16, 16)
         assert moved[inside].all() and not moved[:4].any() and not moved[:, :4].any()
-        assert moved.equal(inside) == local
+        assert moved.equal(inside) == patchwise
 
 
 def test_a_size_that_the_stride_does_not_divide_is_refused():
