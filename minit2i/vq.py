@@ -310,7 +310,7 @@ class ResBlock(nn.Module):
     """x (B, ch, h, w) -> the same shape.  3x3 then 1x1 convolution, VQ-VAE sec. 4.1.
 
     No normalisation: one over the whole picture would let each code know of all others, and the prior
-    then knows a training picture by its first codes and need not read the caption.
+    could tell a training picture by its first codes instead of its caption.
     """
 
     def __init__(self, ch, kernel=3):
