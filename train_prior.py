@@ -53,7 +53,6 @@ class PriorTrainConfig(TrainConfig):
     cond_drop: Annotated[float, "probability to drop the caption, for guidance"] = 0.1
     text_weight: Annotated[float, "weight of the text tokens' mean loss"] = 1 / 8
     image_weight: Annotated[float, "weight of the image tokens' mean loss"] = 7 / 8
-    cfg_scale: Annotated[float, "guidance of the pictures drawn while training"] = 3.0
     steps: Annotated[int, "optimizer steps"] = 10000
     lr: Annotated[float, "peak learning rate"] = 1e-3
     weight_decay: Annotated[float, "AdamW weight decay, on matrices only"] = 0.045
@@ -110,7 +109,7 @@ def evaluate(model, coded, n, batch, p, precision):
 def draw_samples(model, vq, text, prompts, cfg, device):
     """Two pictures for each of some prompts, as one sheet, a column a prompt."""
     ids = torch.stack([text.encode(s) for s in [*prompts, ""]]).to(device)
-    settings = SampleConfig(n=2, cfg_scale=cfg.cfg_scale, seed=cfg.seed)
+    settings = SampleConfig(n=2, seed=cfg.seed)
     codes = generate(model, ids[:-1], ids[-1], settings)
     images = vq.decode(codes.view(-1, model.cfg.grid_h, model.cfg.grid_w))
     return grid_image(images.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1), len(prompts))

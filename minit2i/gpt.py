@@ -69,7 +69,7 @@ def rotary_tables(cfg):
     RoPE, arXiv:2104.09864, half of the frequencies turning with the row and half with the column.
     Text lies on the diagonal before the grid's corner: token t at (t-T, t-T), as in M-RoPE,
     arXiv:2409.12191 sec. 2.1 (there text and picture order are reversed).
-    Not the default: priors with learned positions came to follow captions sooner (README, "Defaults").
+    Not the default: priors with learned positions came to follow captions sooner (README, "Positions and patches").
     """
     half = cfg.n_embd // cfg.n_head // 4  # frequencies per axis
     text = torch.arange(-cfg.text_len, 0).float()

@@ -32,7 +32,9 @@ class VQConfig:
     quantizer: Annotated[str, "how codes are learned (see QUANTIZERS)"] = "ema"
     n_codes: Annotated[int, "codebook size"] = 1024
     code_dim: Annotated[int, "channels of a code"] = 32
-    l2_norm: Annotated[bool, "l2-normalise latents and codes (ViT-VQGAN, arXiv:2110.04627 sec. 3.2)"] = False
+    l2_norm: Annotated[bool, "l2-normalise latents and codes (ViT-VQGAN, arXiv:2110.04627 sec. 3.2); not for fsq"] = (
+        False
+    )
     beta: Annotated[float, "weight of the commitment loss"] = 0.25
     decay: Annotated[float, "moving-average decay of the codebook"] = 0.99
     kl_weight: Annotated[float, "gumbel: final weight of the KL to even use (DALL-E)"] = 6.6
@@ -122,22 +124,24 @@ class Quantizer(nn.Module):
         """codes (...) -> latents (..., C)."""
         return self.norm(F.embedding(codes, self.codebook))
 
-    def draw(self, z, codes, n, step):
-        """n latents (n, C) of those of all processes: a pure function of z (N, C), their codes (N,) and the step.
+    def draw(self, z, codes, good, n, step):
+        """n latents (n, C) of those of all processes: a pure function of z (N, C), codes (N,), good (N,) and the step.
 
-        In proportion to the squared distance from their code, as k-means++ seeds its centres: evenly drawn ones
+        Good ones only, in proportion to the squared distance from their code, as k-means++ seeds its centres: evenly drawn ones
         would mostly be plain background, which has its codes.
         """
         rank, world = processes()
         weight = z.new_zeros(world, len(z))
-        weight[rank] = (z - F.embedding(codes, self.codebook)).square().sum(1)
-        weight = reduce_sum(weight).flatten().cpu() + 1e-12
+        weight[rank] = (z - F.embedding(codes, self.codebook)).square().sum(1) * good + 1e-12 * good
+        weight = reduce_sum(weight).flatten().cpu()
+        if not weight.any():  # a whole batch overflowed: the codes stay
+            return F.embedding(torch.arange(n, device=z.device), self.codebook)
         index = weight.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(step))
         return pick_rows(z, index.to(z.device))
 
-    def count(self, codes, weight):
-        """How many latents of all processes chose each code: codes (N,), weight (N,) -> (V,)."""
-        return reduce_sum(torch.zeros_like(self.ema_count).index_add_(0, codes, weight))
+    def count(self, codes, good):
+        """How many good latents of all processes chose each code: codes (N,), good (N,) 1 or 0 -> (V,)."""
+        return reduce_sum(torch.zeros_like(self.ema_count).index_add_(0, codes, good))
 
     def sums(self, z, codes):
         """Sum of the latents of all processes that chose each code: z (N, C), codes (N,) -> (V, C)."""
@@ -147,14 +151,15 @@ class Quantizer(nn.Module):
     def start(self, z, iterations=10):
         """k-means on z (N, C); a centre that nothing chooses moves to a latent far from all."""
         z = self.norm(z)
+        all_good, v = torch.ones_like(z[:, 0]), len(self.codebook)
         self.codebook.copy_(reduce_sum(z.sum(0)) / (len(z) * processes()[1]))  # all at the mean
-        self.codebook.copy_(self.draw(z, torch.zeros(len(z), dtype=torch.long, device=z.device), len(self.codebook), 0))
+        self.codebook.copy_(self.draw(z, torch.zeros_like(all_good, dtype=torch.long), all_good, v, step=0))
         for i in range(iterations):
             codes = nearest_code(z, self.codebook)
-            count = self.count(codes, torch.ones_like(z[:, 0]))
-            fresh = self.draw(z, codes, len(count), i)
+            count = self.count(codes, all_good)
+            fresh = self.draw(z, codes, all_good, v, i)
             centre = torch.where(count[:, None] > 0, self.sums(z, codes) / count.clamp_min(1)[:, None], fresh)
-            self.place(count >= 0, self.norm(centre), count.clamp_min(1))
+            self.place(count.new_ones(v, dtype=torch.bool), self.norm(centre), count.clamp_min(1))
 
     def place(self, which, codes, count):
         """Put the codes `which` (V,) at the rows of codes (V, C), as if used `count` times a step."""
@@ -170,18 +175,19 @@ class Quantizer(nn.Module):
         z = self.norm(z)
         good = z.isfinite().all(1)  # a step that overflows in float16 is skipped; it must not reach the codebook
         z = torch.where(good[:, None], z, 0)
-        self.ema_count.lerp_(self.count(codes, good.float()), 1 - self.cfg.decay)
-        self.learn(z, codes, step)
+        good = good.float()
+        self.ema_count.lerp_(self.count(codes, good), 1 - self.cfg.decay)
+        self.learn(z, codes, good, step)
 
-    def learn(self, z, codes, step):
+    def learn(self, z, codes, good, step):
         """Move the codebook; here: not at all."""
 
-    def restart(self, z, codes, step):
+    def restart(self, z, codes, good, step):
         """Codes that few choose move to latents that are far from all.  Jukebox, arXiv:2005.00341 sec. 3.1."""
         share = self.ema_count.mean()  # what each code would get if all were used alike
         dead = self.ema_count < self.cfg.restart * share
         trial = 2 * self.cfg.restart * share  # one that nothing chooses is dead again after 69 steps at decay 0.99
-        self.place(dead, self.draw(z, codes, len(dead), step), trial)
+        self.place(dead, self.draw(z, codes, good, len(dead), step), trial)
 
 
 class EMAQuantizer(Quantizer):
@@ -191,11 +197,11 @@ class EMAQuantizer(Quantizer):
         super().__init__(cfg)
         self.register_buffer("ema_sum", self.codebook.clone())
 
-    def learn(self, z, codes, step):
+    def learn(self, z, codes, good, step):
         self.ema_sum.lerp_(self.sums(z, codes), 1 - self.cfg.decay)
         mean = self.ema_sum / self.ema_count.clamp_min(1e-6)[:, None]
         self.codebook.copy_(torch.where(self.ema_count[:, None] > 1e-6, self.norm(mean), self.codebook))
-        self.restart(z, codes, step)
+        self.restart(z, codes, good, step)
 
     def place(self, which, codes, count):
         super().place(which, codes, count)
@@ -211,8 +217,8 @@ class STQuantizer(Quantizer):
     def loss(self, z, z_q):
         return F.mse_loss(z_q, z.detach()) + super().loss(z, z_q)
 
-    def learn(self, z, codes, step):
-        self.restart(z, codes, step)
+    def learn(self, z, codes, good, step):
+        self.restart(z, codes, good, step)
 
 
 class GumbelQuantizer(Quantizer):
@@ -258,13 +264,12 @@ class FSQQuantizer(Quantizer):
         return (len(fsq_levels(cfg.n_codes)),) * 2
 
     def add_codebook(self, codes):
+        if self.cfg.l2_norm:
+            raise ValueError("fsq rounds each channel by itself; leave out --l2_norm")
         levels = fsq_levels(self.cfg.n_codes)
         digits = torch.cartesian_prod(*(torch.arange(n) for n in levels)).view(-1, len(levels))  # (V, C)
         half = torch.tensor([n // 2 for n in levels])
         self.register_buffer("codebook", (digits - half) / half, persistent=False)
-
-    def norm(self, z):
-        return z.float()
 
     def forward(self, z, step=None):
         levels = torch.tensor(fsq_levels(self.cfg.n_codes), device=z.device)
@@ -322,7 +327,7 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
-def widths(cfg):
+def channels(cfg):
     """Channels at strides 2, 4, ... up to cfg.stride."""
     return [cfg.ch * min(2**i, 4) for i in range(cfg.stride.bit_length() - 1)]
 
@@ -336,7 +341,7 @@ class Encoder(nn.Sequential):
     def __init__(self, cfg):
         layers, last = [], 3
         down, res = (dict(kernel_size=2), 1) if cfg.patchwise else (dict(kernel_size=4, padding=1), 3)
-        for w in widths(cfg):
+        for w in channels(cfg):
             layers += [nn.Conv2d(last, w, stride=2, **down), *(ResBlock(w, res) for _ in range(cfg.n_res)), nn.SiLU()]
             last = w
         super().__init__(*layers, nn.Conv2d(last, QUANTIZERS[cfg.quantizer].widths(cfg)[0], 1))
@@ -346,7 +351,7 @@ class Decoder(nn.Sequential):
     """The encoder's mirror, with transposed convolutions: (B, C, h, w) -> (B, 3, h*stride, w*stride)."""
 
     def __init__(self, cfg):
-        ws = widths(cfg)[::-1]
+        ws = channels(cfg)[::-1]
         layers = [nn.Conv2d(QUANTIZERS[cfg.quantizer].widths(cfg)[1], ws[0], 3, padding=1)]
         for w, nxt in zip(ws, [*ws[1:], 3]):
             layers += [ResBlock(w) for _ in range(cfg.n_res)]

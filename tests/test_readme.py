@@ -1,11 +1,19 @@
 """The README is true: its commands exist with the flags it prints, its files are there, its functions too."""
 
 import re
+from dataclasses import fields
 import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
+
+from minit2i.data import DataConfig
+from minit2i.gpt import GPTConfig
+from minit2i.vq import VQConfig
+from train_prior import PriorTrainConfig
+from train_vq import VQTrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,3 +68,12 @@ def test_functions_named_are_there():
         where = f"minit2i.{module}" if (ROOT / "minit2i" / f"{module}.py").exists() else module
         thing = import_module(where)
         assert hasattr(thing, name), f"{module}.py:{name}"
+
+
+def test_torchrun_does_not_take_our_flags_for_its_own():
+    """torchrun takes a flag after the script's name for an abbreviation of its own options (--local was one)."""
+    theirs = [o.replace("-", "_") for o in get_args_parser()._option_string_actions]
+    configs = VQConfig, GPTConfig, DataConfig, VQTrainConfig, PriorTrainConfig
+    ours = [f.name for config in configs for f in fields(config)]
+    assert any(o.startswith("__local") for o in theirs) and "steps" in ours
+    assert not [f for f in ours if any(o.startswith(f"__{f}") for o in theirs)]

@@ -18,6 +18,7 @@ from minit2i.scenes import (
     HELD_OUT,
     SHAPES,
     SIZES,
+    STEP,
     Object,
     Scene,
     caption,
@@ -43,6 +44,11 @@ def noise(image):
 
 
 # --- drawing and saying ---
+
+
+def test_centres_lie_on_the_grid():
+    xy = np.array([(o.x, o.y) for k in range(300) for o in scene_at(0, k).objects])
+    assert np.allclose(xy / STEP, (xy / STEP).round()) and len(np.unique(xy)) == 5
 
 
 def test_a_scene_is_a_pure_function_of_seed_and_index():
