@@ -1,8 +1,8 @@
 """The README is true: its commands exist with the flags it prints, its files are there, its functions too."""
 
 import re
-from dataclasses import fields
 import shlex
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
