@@ -25,10 +25,12 @@ from minit2i.train import (
     TrainConfig,
     autocast,
     has_state,
+    load_model,
     load_state,
     make_optimizer,
     optimizer_step,
     parse_flags,
+    pick,
     pick_precision,
     plot_log,
     read_config,
@@ -129,6 +131,9 @@ def main():
     if data_cfg.flip and cfg.crops == 1:
         raise ValueError("--flip needs --crops 2 or more: the one central crop is never mirrored")
     vq_hash = file_hash(vq_folder / "model.safetensors")
+    init = None if resumed or not cfg.init else Path(cfg.init)
+    if init and file_hash(init / "vq" / "model.safetensors") != vq_hash:
+        raise ValueError(f"{init} was trained on the codes of another tokenizer than {cfg.vq}; use --vq {init / 'vq'}")
     grid_h, grid_w = vq.grid(*parse_size(data_cfg.size))
 
     # --- data: captions -> text model, pictures -> codes, once ---
@@ -136,7 +141,10 @@ def main():
     if p.main and not resumed:
         for name in ("config.json", "model.safetensors"):
             write_file(out / "vq" / name, Path(vq_folder, name).read_bytes())
-        write_file(out / "text.model", train_text(source, train, cfg.vocab_size))
+        write_file(
+            out / "text.model",
+            (init / "text.model").read_bytes() if init else train_text(source, train, cfg.vocab_size),
+        )
     p.barrier()
     text = Text((out / "text.model").read_bytes(), model_cfg.text_len)
     train_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed)
@@ -154,9 +162,11 @@ def main():
     # --- model and optimizer ---
     torch.manual_seed(cfg.seed)
     model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
-    if resumed and asdict(model_cfg) != read_config(out)["model"]:
+    if resumed and model_cfg != pick(GPTConfig, read_config(out)["model"]):
         raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
     model = GPT(model_cfg).to(p.device)
+    if init:
+        load_model(init, model).train()
     optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
     scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
     start, cut, earlier_cut = 0, 0, 0  # captions cut by this process, and before resuming

@@ -22,6 +22,7 @@ from minit2i.train import (
     TrainConfig,
     autocast,
     has_state,
+    load_model,
     load_state,
     make_optimizer,
     optimizer_step,
@@ -84,9 +85,12 @@ def main():
     torch.manual_seed(cfg.seed)
     model = VQ(model_cfg).to(p.device)
     model.grid(*parse_size(data_cfg.size))
+    resumed = cfg.resume and has_state(cfg.out)
+    if cfg.init and not resumed:
+        load_model(cfg.init, model).train()
     optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
     scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
-    start, resumed = 0, cfg.resume and has_state(cfg.out)
+    start = 0
     if resumed:
         meta = load_state(cfg.out, model, ema, optimizer, scaler)
         start = meta["step"]
@@ -139,7 +143,7 @@ def main():
             images, _, skips = next(loader)
             skipped.add(skips)
             parts.append(images.to(p.device, non_blocking=True))
-        if step == 0:
+        if step == 0 and not cfg.init:
             with torch.no_grad(), autocast(p.device, precision):
                 model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in parts]))
         latents, codes, loss_sum, se_sum = [], [], 0.0, 0.0

@@ -10,7 +10,15 @@ import torch
 
 from minit2i.train import load_tensors, read_config, run, save_model, write_file
 
-PRIVATE = ("out", "vq", "cache", "resume", "device", "val_data")  # settings that say where a run was, not what it was
+PRIVATE = (
+    "out",
+    "vq",
+    "cache",
+    "resume",
+    "init",
+    "device",
+    "val_data",
+)  # settings that say where a run was, not what it was
 
 
 def export(folder, out):

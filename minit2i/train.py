@@ -34,6 +34,7 @@ class TrainConfig:
 
     out: Annotated[str, "folder of this run"]
     resume: Annotated[bool, "continue the run in --out (or start it, if there is none yet)"] = False
+    init: Annotated[str, "start from this checkpoint folder's model (a run's, or an exported one), for finetuning"] = ""
     steps: Annotated[int, "optimizer steps"] = 5000
     batch_size: Annotated[int, "pictures per step, over all processes and accumulation parts"] = 32
     accum: Annotated[int, "parts that each process makes of its share of a batch"] = 1
@@ -90,8 +91,8 @@ def pick(config, values):
 def parse_flags(doc, model, data, train, argv=None):
     """argv -> a config of each of the three dataclasses.
 
-    With --resume the run's own config.json replaces the defaults, so that no flag needs retyping;
-    ValueError if a flag would change the model.
+    With --resume the run's own config.json replaces the defaults, with --init the model's part of that one's,
+    so that no flag needs retyping.  ValueError if a flag would change the model of a resumed run.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -99,18 +100,22 @@ def parse_flags(doc, model, data, train, argv=None):
     for config in (train, data, model):
         add_flags(parser, config)
     args = parser.parse_args(argv)
-    saved = read_config(args.out) if args.resume and has_state(args.out) else None
-    if saved and set(saved["model"]) != {f.name for f in fields(model)}:
-        raise ValueError(f"{args.out} holds a run of the other stage; use another --out")
-    if saved:
-        parser.set_defaults(**saved["train"] | saved["data"] | saved["model"] | {"resume": True})
-        args = parser.parse_args(argv)
-        now = asdict(pick(model, args))
-        changed = [f"--{k} {now[k]} (the run has {v})" for k, v in saved["model"].items() if k in now and now[k] != v]
+    resumed = args.resume and has_state(args.out)
+    if resumed or args.init:
+        folder = args.out if resumed else args.init
+        saved = read_config(folder)
+        if not set(saved["model"]) <= {f.name for f in fields(model)}:
+            raise ValueError(f"{folder} holds a run of the other stage, or of a newer version; use another folder")
+        parser.set_defaults(**saved["model"])
+    if resumed:
+        parser.set_defaults(**saved["train"] | saved["data"] | {"resume": True})
+        now, before = asdict(pick(model, parser.parse_args(argv))), asdict(pick(model, saved["model"]))
+        changed = [f"--{k} {now[k]} (the run has {v})" for k, v in before.items() if now[k] != v]
         if changed:
             raise ValueError(f"--resume cannot change the model: {', '.join(changed)}; use another --out")
     elif has_state(args.out) and not args.resume:
         raise ValueError(f"{args.out} already holds a run; add --resume to continue it, or use another --out")
+    args = parser.parse_args(argv)
     cfg = pick(train, args)
     check(cfg)
     return pick(model, args), pick(data, args), cfg
@@ -361,12 +366,12 @@ def save_model(folder, tensors, config, dtype=None):
 
 
 def load_model(folder, model):
-    """Weights of a checkpoint folder into a model built from its config, for use; ValueError if they do not fit."""
+    """Weights of a checkpoint folder into a model, for use; ValueError if they do not fit."""
     tensors, _ = load_tensors(Path(folder, "model.safetensors"))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as e:
-        raise ValueError(f"{folder}/model.safetensors does not fit its config.json: {e}") from e
+        raise ValueError(f"{folder}/model.safetensors does not fit its config.json, or these flags: {e}") from e
     return model.eval()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def losses(folder):
 
 def equal(a, b):
     a, b = load_file(a), load_file(b)
-    return a.keys() == b.keys() and all(v.equal(b[k]) for k, v in a.items())
+    return a.keys() == b.keys() and all(v.equal(b[k].to(v.dtype)) for k, v in a.items())
 
 
 # --- end to end ---
@@ -294,6 +295,41 @@ def test_evaluating_more_often_changes_no_training_loss(which, vq, prior, pictur
         *flags,
     )
     assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.parametrize("which", ["vq", "prior"])
+def test_a_run_of_an_older_version_resumes_with_defaults(which, vq, prior, tmp_path):
+    """Its config.json lacks the flags that came since."""
+    script, whole = (train_vq, vq) if which == "vq" else (train_prior, prior)
+    out = shutil.copytree(whole, tmp_path / which)
+    config = train.read_config(out)
+    for part, name in (("model", "l2_norm" if which == "vq" else "qk_norm"), ("train", "clip"), ("data", "flip")):
+        del config[part][name]
+    (out / "config.json").write_text(json.dumps(config))
+    call(script, "--resume", "--out", out, "--steps", 9)
+    assert losses(out)[-1][0] == 9 and train.read_config(out)["model"] == train.read_config(whole)["model"]
+    flag = "--l2_norm" if which == "vq" else "--no-qk_norm"
+    with pytest.raises(ValueError, match="cannot change the model"):
+        call(script, "--resume", "--out", out, flag)
+
+
+def test_finetuning_starts_from_another_folders_model(vq, prior, pictures, tmp_path):
+    """No model flag is retyped; tokenizer and text model are the other's; the optimizer is fresh."""
+    small = tmp_path / "small"
+    export(prior, small)
+    flags = "--batch_size 8 --workers 0 --precision fp32 --log_every 1 --eval_size 8 --warmup 2 --steps 2".split()
+    flags += ["--data", pictures, "--cache", tmp_path / "cache"]
+    call(train_prior, "--init", small, "--vq", small / "vq", "--out", tmp_path / "fine", "--lr", 0, *flags)
+    assert equal(tmp_path / "fine" / "model.safetensors", small / "model.safetensors")
+    assert (tmp_path / "fine" / "text.model").read_bytes() == (prior / "text.model").read_bytes()
+    with pytest.raises(ValueError, match="another tokenizer than .*; use --vq .*small/vq"):
+        call(train_prior, "--init", small, "--vq", vq, "--out", tmp_path / "x", *flags)
+    with pytest.raises(ValueError, match="does not fit its config.json, or these flags"):
+        call(train_prior, "--init", prior, "--vq", vq, "--out", tmp_path / "y", "--n_layer", 3, *flags)
+    with pytest.raises(ValueError, match="other stage"):
+        call(train_prior, "--init", vq, "--vq", vq, "--out", tmp_path / "z", *flags)
+    call(train_vq, "--init", vq, "--out", tmp_path / "vq", "--lr", 0, "--decay", 1, "--restart", 0, *flags[:-2])
+    assert equal(tmp_path / "vq" / "model.safetensors", vq / "model.safetensors")
 
 
 def test_workers_change_nothing(vq, pictures, tmp_path):
