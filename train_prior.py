@@ -165,6 +165,9 @@ def main():
     if resumed and model_cfg != pick(GPTConfig, read_config(out)["model"]):
         raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
     model = GPT(model_cfg).to(p.device)
+    model.check_causal()
+    if model.text_ahead and cfg.text_weight:
+        raise ValueError(f"mask {model_cfg.mask} shows text what it should predict: it needs --text_weight 0")
     if init:
         load_model(init, model).train()
     optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)

@@ -18,6 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from minit2i.masks import Layout, layer_masks
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -27,7 +29,10 @@ class GPTConfig:
     n_head: Annotated[int, "attention heads"] = 8
     n_embd: Annotated[int, "width"] = 256
     text_len: Annotated[int, "text positions T, beginning and end mark included"] = 32
-    mask: Annotated[str, "which positions see which (see MASKS)"] = "full"
+    mask: Annotated[
+        str, "which positions see which: a name of masks.py, several that layers take in turn, or dalle"
+    ] = "full"
+    window: Annotated[int, "side of the crop that the window mask sees, in codes"] = 8
     pos: Annotated[str, "positions: learned (text, row, column), or 2-D rotary", ("learned", "rotary")] = "learned"
     norm: Annotated[str, "normalisation", ("layernorm", "rmsnorm")] = "rmsnorm"
     mlp: Annotated[str, "feed-forward layer", ("gelu", "swiglu")] = "swiglu"
@@ -45,19 +50,6 @@ class GPTConfig:
     @property
     def length(self):
         return self.text_len + self.n_image
-
-
-# --- masks -------------------------------------------------------------------------------------------
-# A mask says which key position k a query position q may see: integer tensors that broadcast -> bool.
-# Positions count the whole sequence: k < cfg.text_len is text, the rest the grid in raster order.
-
-
-def full(q, k, cfg):
-    """Every earlier position and itself."""
-    return k <= q
-
-
-MASKS = {"full": full}
 
 
 # --- positions -----------------------------------------------------------------------------------------
@@ -146,7 +138,7 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
 
-    def forward(self, x, start, rope, kv):
+    def forward(self, x, layout, start, rope, kv):
         """Positions start ... start+S-1.  kv: this layer's cache (keys, values), each (B, H, L, K), written here."""
         b, s, d = x.shape
         q, k, v = self.qkv(x).reshape(b, s, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)  # 3 x (B, H, S, K)
@@ -157,22 +149,13 @@ class Attention(nn.Module):
         if kv is not None:
             kv[0][:, :, start : start + s], kv[1][:, :, start : start + s] = k, v
             k, v = kv[0][:, :, : start + s], kv[1][:, :, : start + s]
-        if self.cfg.mask == "full":
-            y = (
-                attend(q, k, v, causal=True)
-                if start == 0
-                else attend(q, k, v)
-                if s == 1
-                else attend(q, k, v, self.allowed(start, s, x.device))
-            )
+        if layout.causal and start == 0:
+            y = attend(q, k, v, causal=True)
+        elif layout.causal and s == 1:
+            y = attend(q, k, v)
         else:
-            y = attend(q, k, v, self.allowed(start, s, x.device))
+            y = attend(q, k, v, layout.dense[start : start + s, : start + s])
         return self.out(y.transpose(1, 2).reshape(b, s, d))
-
-    def allowed(self, start, s, device):
-        """The mask of queries start ... start+s-1 on all keys up to them: (s, start+s) bool."""
-        k = torch.arange(start + s, device=device)
-        return MASKS[self.cfg.mask](k[start:, None], k[None], self.cfg)
 
 
 class MLP(nn.Module):
@@ -202,8 +185,8 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(cfg, cfg.n_embd), MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, start=0, rope=None, kv=None):
-        x = x + self.drop(self.attn(self.norm1(x), start, rope, kv))
+    def forward(self, x, layout, start=0, rope=None, kv=None):
+        x = x + self.drop(self.attn(self.norm1(x), layout, start, rope, kv))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -218,14 +201,15 @@ class GPT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.mask not in MASKS:
-            raise ValueError(f"mask {cfg.mask!r} is not known; use one of {', '.join(MASKS)}")
+        masks = layer_masks(cfg)
         if cfg.n_embd % cfg.n_head:
             raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
         if cfg.pos == "rotary" and cfg.n_embd // cfg.n_head % 4:
             raise ValueError(f"2-D rotary positions need a head size that 4 divides, not {cfg.n_embd // cfg.n_head}")
         if cfg.text_len < 3:
             raise ValueError(f"text_len {cfg.text_len} has no room for a word between its two marks; use 3 or more")
+        if cfg.window < 1:
+            raise ValueError(f"window {cfg.window} shows nothing; use 1 or more")
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes, cfg.n_embd)
         if cfg.pos == "learned":
@@ -238,6 +222,10 @@ class GPT(nn.Module):
             self.register_buffer("rope_sin", sin, persistent=False)
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.layouts = nn.ModuleDict({name: Layout(name, cfg) for name in sorted(set(masks))})
+        self.masks = masks  # of each layer, a key of layouts
+        self.text_ahead = any(layout.text_ahead for layout in self.layouts.values())
+        self.image_ahead = any(layout.image_ahead for layout in self.layouts.values())
         self.norm = make_norm(cfg, cfg.n_embd)
         self.text_head = Linear(cfg.n_embd, cfg.n_vocab)
         self.image_head = Linear(cfg.n_embd, cfg.n_codes)
@@ -267,37 +255,48 @@ class GPT(nn.Module):
             rope = self.rope_cos[start:stop], self.rope_sin[start:stop]
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, start, rope, None if cache is None else cache.kv[i])
+            x = block(x, self.layouts[self.masks[i]], start, rope, None if cache is None else cache.kv[i])
         return self.norm(x)
 
     def logits(self, text, codes):
-        """text (B, T), codes (B, N) -> text logits (B, T-1, V) for text 1...T-1, image logits (B, N, n_codes)."""
+        """text (B, T), codes (B, N) -> text logits (B, T-1, V) for text 1...T-1, image logits (B, N, n_codes).
+
+        ValueError if the mask shows codes that are to be predicted.
+        """
+        self.check_causal()
         t = self.cfg.text_len
-        ids = torch.cat([text, self.code_ids(codes[:, :-1])], 1)  # (B, L-1): the last code predicts nothing
-        x = self.trunk(ids)
-        return self.text_head(x[:, : t - 1]), self.image_head(x[:, t - 1 :])
+        x = self.trunk(torch.cat([text, self.code_ids(codes)], 1))  # (B, L, D); the last code predicts nothing
+        return self.text_head(x[:, : t - 1]), self.image_head(x[:, t - 1 : -1])
+
+    def check_causal(self):
+        if self.image_ahead:
+            raise ValueError(
+                f"mask {self.cfg.mask} shows a code those after it: codes one by one are neither learned nor drawn "
+                "with it; use a causal mask, or train a masked model"
+            )
 
     def forward(self, text, codes):
         """Training pass -> summed cross-entropies: text (), image (), in float32, in nats.
 
-        Text counts up to its end mark: pads are no targets.  Sums, so that the caller can average over
-        all parts of a batch.
+        Text counts up to its end mark: pads are no targets, and nothing is where text sees itself ahead (prefix).
+        Sums, so that the caller can average over all parts of a batch.
         """
         text_logits, image_logits = self.logits(text, codes)
-        target = text[:, 1:].masked_fill(text[:, 1:] >= self.cfg.n_vocab, -100)
+        target = text[:, 1:].masked_fill(text[:, 1:] >= (0 if self.text_ahead else self.cfg.n_vocab), -100)
         text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
         image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten(), reduction="sum")
         return text_loss, image_loss
 
     def n_text_targets(self, text):
         """How many terms the text loss of this batch has."""
-        return (text[:, 1:] < self.cfg.n_vocab).sum()
+        return (text[:, 1:] < (0 if self.text_ahead else self.cfg.n_vocab)).sum()
 
 
 class Cache:
     """Keys and values of each layer, (B, H, L, K), allocated once; and the position table."""
 
     def __init__(self, model, batch, length):
+        model.check_causal()
         cfg, weight = model.cfg, model.embedding.weight
         shape = (batch, cfg.n_head, length, cfg.n_embd // cfg.n_head)
         self.kv = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(cfg.n_layer)]

@@ -4,11 +4,13 @@ import math
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minit2i.gpt import GPT, MASKS, Cache, GPTConfig, attend
+from minit2i.gpt import GPT, Cache, GPTConfig, attend
+from minit2i.masks import MASKS, Layout, layer_masks, picture
 
 TINY = GPTConfig(  # GPT-2's choices; VARIANTS has the others
     pos="learned",
@@ -44,32 +46,137 @@ def big_init(model):
     return model
 
 
-def test_full_mask_equals_a_loop():
-    n = TINY.length
-    at = torch.arange(n)
-    expected = [[k <= q for k in range(n)] for q in range(n)]
-    assert MASKS["full"](at[:, None], at[None], TINY).tolist() == expected
+# --- masks ---
+
+GRIDS = [(2, 3), (7, 4), (3, 13), (12, 12)]
+
+
+def crop(i, n, size):
+    """Taming's crop: centred, but pushed inside."""
+    first = i - size // 2
+    while first + size > n:
+        first -= 1
+    return range(max(0, first), max(0, first) + size)
+
+
+def raster(r, c, w):
+    """Offsets of the rows and columns of an 11x11 window, as raster positions."""
+    return {(r + dr) * w + c + dc for dr in range(-5, 6) for dc in range(-5, 6)}
+
+
+LOOPS = {  # what the code in row r, column c sees of earlier codes (i, j)
+    "full": lambda r, c, i, j, cfg: True,
+    "row": lambda r, c, i, j, cfg: i == r or (i == r - 1 and j >= c),
+    "column": lambda r, c, i, j, cfg: j == c,
+    "conv": lambda r, c, i, j, cfg: i * cfg.grid_w + j in raster(r, c, cfg.grid_w),
+    "window": lambda r, c, i, j, cfg: i in crop(r, cfg.grid_h, 4) and j in crop(c, cfg.grid_w, 4),
+    "prefix": lambda r, c, i, j, cfg: True,
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", LOOPS)
+def test_masks_equal_a_loop_over_positions(name, grid):
+    cfg = replace(TINY, text_len=3, grid_h=grid[0], grid_w=grid[1], window=4)
+    expected = []
+    for q in range(cfg.length):
+        for k in range(cfg.length):
+            if k > q:
+                seen = name == "prefix" and q < 3 and k < 3
+            elif k < 3:
+                seen = True
+            else:
+                seen = k == q or LOOPS[name](*divmod(q - 3, grid[1]), *divmod(k - 3, grid[1]), cfg)
+            expected.append(seen)
+    assert Layout(name, cfg).dense.flatten().tolist() == expected
+
+
+def test_the_mask_of_masked_models_hides_nothing():
+    assert Layout("none", TINY).dense.all()
+
+
+def test_each_layer_has_its_mask():
+    def masks(mask, n):
+        return layer_masks(replace(TINY, mask=mask, n_layer=n))
+
+    dalle = masks("dalle", 12)  # 2102.12092 app. B.1, counted from 1
+    assert [i for i, name in enumerate(dalle, 1) if name == "column"] == [2, 6, 10]
+    assert dalle[-1] == "conv" and set(dalle) == {"row", "column", "conv"}
+    assert masks("dalle", 1) == ["conv"] and masks("row,column", 3) == ["row", "column", "row"]
+    model = big_init(GPT(replace(TINY, mask="row,full", n_layer=2, grid_h=3, grid_w=3)))
+    n = model.cfg.length
+    x = torch.randn(1, n, 16, requires_grad=True)
+    out = model.blocks[0](x, model.layouts[model.masks[0]])
+    (grad,) = torch.autograd.grad(out[0, -1].sum(), x)
+    assert (grad[0].abs().sum(1) > 0).equal(Layout("row", model.cfg).dense[-1])
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_logits_depend_on_exactly_what_they_may(name):
-    """One layer's gradient support is the mask; nothing may see what comes after it."""
-    cfg = replace(TINY, n_layer=1, mask=name)
+    """One layer's gradient support is the mask."""
+    cfg = replace(TINY, n_layer=1, mask=name, grid_h=5, grid_w=4, window=2)
     model = big_init(GPT(cfg))
-    at = torch.arange(cfg.length - 1)
+    at = torch.arange(cfg.length)
     allowed = MASKS[name](at[:, None], at[None], cfg)
-    assert not allowed.triu(1).any()
-    ids = torch.cat([torch.arange(5), model.code_ids(torch.tensor([1, 2, 3, 4, 5]))])[None]
-    x = model.embedding(ids).detach().requires_grad_()
-    out = model.blocks[0](x + model.positions()[:-1])
-    for q in range(cfg.length - 1):
+    x = model.embedding(at % cfg.n_vocab)[None].detach().requires_grad_()
+    out = model.blocks[0](x + model.positions(), model.layouts[name])
+    for q in range(cfg.length):
         (grad,) = torch.autograd.grad(out[0, q].sum(), x, retain_graph=True)
         assert (grad[0].abs().sum(1) > 0).equal(allowed[q] | (at == q)), q
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize("name", [name for name in MASKS if not Layout(name, TINY).image_ahead])
+def test_no_code_leaks_into_its_own_prediction(name):
+    model = big_init(GPT(replace(TINY, n_layer=3, mask=name, grid_h=4, grid_w=3)))
+    text, codes = batch(model.cfg)
+    for n in range(12):
+        other = codes.clone()
+        other[:, n:] = (other[:, n:] + 1) % 7
+        now, then = model.logits(text, codes), model.logits(text, other)
+        assert torch.allclose(now[1][:, : n + 1], then[1][:, : n + 1], atol=1e-5), n
+        assert torch.allclose(now[0], then[0], atol=1e-5)
+    if not model.text_ahead:
+        other = text.clone()
+        other[:, 3:] = (other[:, 3:] + 1) % 11
+        assert torch.allclose(model.logits(text, codes)[0][:, :3], model.logits(other, codes)[0][:, :3], atol=1e-5)
+
+
+def test_text_that_sees_ahead_has_no_loss():
+    model = GPT(replace(TINY, mask="full,prefix"))
+    text, codes = batch(TINY)
+    assert model(text, codes)[0] == 0 and model.n_text_targets(text) == 0 and model(text, codes)[1] > 0
+
+
+def test_the_bidirectional_mask_is_refused_code_by_code():
+    model = GPT(replace(TINY, mask="row,none"))
+    text, codes = batch(TINY)
+    assert model.trunk(text, 0).isfinite().all()
+    for causal in (lambda: model(text, codes), lambda: Cache(model, 1, TINY.length)):
+        with pytest.raises(ValueError, match="mask row,none shows a code those after it"):
+            causal()
+
+
+def test_the_picture_of_the_masks_shows_them():
+    cfg = replace(TINY, grid_h=3, grid_w=4)
+    sheet = torch.tensor(np.array(picture(cfg, ("full", "column"), cell=1, columns=2)))
+    n = cfg.length
+    panel = sheet[20 : 20 + n, 40 + n : 40 + 2 * n]  # the second one
+    seen = (panel != 232).any(-1)
+    inner = torch.arange(n) != cfg.text_len  # the lines between text and picture
+    assert seen[inner][:, inner].equal(Layout("column", cfg).dense[inner][:, inner])
+
+
+# --- the model ---
+
+
+CAUSAL = [{"mask": name, "grid_h": 5} for name in MASKS if not Layout(name, TINY).image_ahead]
+
+
+@pytest.mark.parametrize(
+    "variant", [*VARIANTS, *CAUSAL, {"mask": "dalle", "n_layer": 4}], ids=lambda v: "-".join(map(str, v.values()))
+)
 def test_cached_logits_equal_full_ones_at_every_position(variant):
-    cfg = replace(TINY, **variant)
+    cfg = replace(TINY, window=2, **variant)
     model = big_init(GPT(cfg)).eval()
     text, codes = batch(cfg)
     with torch.no_grad():

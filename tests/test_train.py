@@ -36,7 +36,7 @@ VQ_FLAGS = (
 )
 PRIOR_FLAGS = (
     "--n_layer 2 --n_head 2 --n_embd 32 --size 32 --batch_size 8 --workers 0 --precision fp32 --log_every 1 "
-    "--eval_size 8 --warmup 2 --text_len 16 --vocab_size 320 --dropout 0.1".split()
+    "--eval_size 8 --warmup 2 --text_len 16 --vocab_size 320 --dropout 0.1 --mask dalle".split()
 )
 
 
@@ -437,6 +437,13 @@ def test_two_processes_equal_one(which, vq, prior, pictures, tmp_path):
 def test_bad_flags_are_clear_errors(flags, message, pictures, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         call(train_vq, "--data", pictures, "--out", tmp_path / "x", "--steps", 1, *VQ_FLAGS, *flags)
+
+
+def test_a_mask_that_shows_the_targets_is_a_clear_error(pictures, vq, prior, tmp_path):
+    flags = ["--data", pictures, "--vq", vq, "--cache", prior.parent / "cache", "--steps", 1, *PRIOR_FLAGS]
+    for mask, message in (("prefix", "it needs --text_weight 0"), ("none", "use a causal mask, or train a masked")):
+        with pytest.raises(ValueError, match=message):
+            call(train_prior, *flags, "--mask", mask, "--out", tmp_path / mask)
 
 
 def test_a_run_is_not_overwritten_nor_its_model_changed(vq, pictures):
