@@ -2,6 +2,7 @@
 
 python train_vq.py --data path/to/pictures --out out/vq
 python train_vq.py --data 'shards/{00000..00041}.tar' --out out/vq --size 256 --stride 8
+python train_vq.py --data path/to/pictures --out out/vqgan --backbone vqgan --perceptual 1 --gan 0.8
 torchrun --nproc_per_node 8 train_vq.py --data path/to/pictures --out out/vq --batch_size 256
 """
 
@@ -13,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
+from minit2i.losses import LossConfig, Objective, parse_recon
 from minit2i.metrics import code_stats, psnr
 from minit2i.train import (
     EMA,
@@ -39,10 +41,9 @@ from minit2i.vq import VQ, VQConfig
 
 
 @dataclass(frozen=True)
-class VQTrainConfig(TrainConfig):
+class VQTrainConfig(LossConfig, TrainConfig):
     """How to train the tokenizer."""
 
-    recon: Annotated[str, "reconstruction loss", ("l1", "l2")] = "l2"
     lr: Annotated[float, "peak learning rate"] = 1e-3
 
 
@@ -83,8 +84,10 @@ def main():
 
     # --- model and optimizer ---
     torch.manual_seed(cfg.seed)
+    model_cfg = replace(model_cfg, maps=6 if "logit_laplace" in parse_recon(cfg.recon) else 3)
     model = VQ(model_cfg).to(p.device)
     model.grid(*parse_size(data_cfg.size))
+    objective = Objective(cfg, p, precision, parse_size(data_cfg.size))
     resumed = cfg.resume and has_state(cfg.out)
     if cfg.init and not resumed:
         load_model(cfg.init, model).train()
@@ -92,7 +95,7 @@ def main():
     scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
     start = 0
     if resumed:
-        meta = load_state(cfg.out, model, ema, optimizer, scaler)
+        meta = load_state(cfg.out, model, ema, optimizer, scaler, objective.parts)
         start = meta["step"]
         skipped.why = dict(meta["skipped"])
     forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if p.world > 1 else model
@@ -132,7 +135,8 @@ def main():
             skipped.add([s for part in p.gather(list(skipped.why.items())) for s in part])
             if p.main:
                 save_model(cfg.out, ema.state_dict(model), config | {"step": step})
-                save_state(cfg.out, step, model, ema, optimizer, scaler, skipped=list(skipped.why.items()))
+                also, why = objective.parts, list(skipped.why.items())
+                save_state(cfg.out, step, model, ema, optimizer, scaler, also, skipped=why)
             p.barrier()
         if last or stopping:
             break
@@ -146,27 +150,34 @@ def main():
         if step == 0 and not cfg.init:
             with torch.no_grad(), autocast(p.device, precision):
                 model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in parts]))
-        latents, codes, loss_sum, se_sum = [], [], 0.0, 0.0
+        latents, codes, sums = [], [], {}  # sums: name -> mean over the parts, for the log
         for k, images in enumerate(parts):
             forward.require_backward_grad_sync = k == cfg.accum - 1
             with autocast(p.device, precision):
-                recon, z, c, quantizer_loss = forward(images, step)
-            error = recon.float() - images
-            loss = (error.abs() if cfg.recon == "l1" else error.square()).mean() + quantizer_loss.float()
+                maps, z, c, quantizer_loss = forward(images, step)
+                picture = model.picture(maps)
+                loss, values = objective(maps, picture, images, model.last_weight, step, scaler.get_scale())
+            loss = loss + quantizer_loss.float()
             scaler.scale(loss / cfg.accum).backward()
+            values |= {"loss": loss.detach(), "mse": (picture.detach() - images).square().mean()}
+            if objective.playing(step):
+                with autocast(p.device, precision):
+                    values["disc_loss"] = objective.adversary.judge(images, picture, cfg.accum, k == cfg.accum - 1)
+            sums = {name: sums.get(name, 0.0) + v / cfg.accum for name, v in values.items()}
             latents.append(z), codes.append(c)
-            loss_sum, se_sum = loss_sum + loss.detach() / cfg.accum, se_sum + error.detach().square().mean() / cfg.accum
         norm = optimizer_step(model, optimizer, scaler, cfg, step)
         model.quantizer.update(torch.cat(latents), torch.cat(codes), step)
         ema.update(model, step)
+        if objective.playing(step):
+            objective.adversary.step(step)
 
         if (step + 1) % cfg.log_every == 0:
-            loss, se = (v / p.world for v in p.sum([float(loss_sum), float(se_sum)]))
+            values = dict(zip(sums, (v / p.world for v in p.sum([float(v) for v in sums.values()]))))
             count = model.quantizer.ema_count
             log.write(
                 step=step + 1,
-                loss=loss,
-                psnr=float(10 * torch.tensor(4 / se).log10()),
+                psnr=float(10 * torch.tensor(4 / values.pop("mse")).log10()),
+                **values,
                 grad_norm=float(norm),
                 lr=optimizer.param_groups[0]["lr"],
                 perplexity=code_stats(count)[1],

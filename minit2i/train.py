@@ -375,39 +375,57 @@ def load_model(folder, model):
     return model.eval()
 
 
-def save_state(folder, step, model, ema, optimizer, scaler, **meta):
-    """All that resuming needs, in one file."""
+def save_state(folder, step, model, ema, optimizer, scaler, also=None, **meta):
+    """All that resuming needs, in one file.
+
+    also: name -> (module, optimizer, scaler) of what is trained beside the model (a discriminator).
+    """
+    also = also or {}
+    tensors = state_tensors(model, optimizer) | {f"ema.{k}": v for k, v in ema.weights.items()}
+    for name, (module, own, _) in also.items():
+        tensors |= state_tensors(module, own, f"{name}.")
+    scalers = {name: own.state_dict() for name, (_, _, own) in also.items()}
+    meta |= dict(step=step, scaler=scaler.state_dict(), scalers=scalers)
+    save_tensors(Path(folder, "state", "resume.safetensors"), tensors, **meta)
+
+
+def state_tensors(model, optimizer, prefix=""):
+    """A module's state and its optimizer's, by name."""
     names = {p: k for k, p in model.named_parameters()}
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.weights.items()}
+    tensors = {f"{prefix}model.{k}": v for k, v in model.state_dict().items()}
     for p, state in optimizer.state.items():
-        tensors |= {f"optimizer.{names[p]}.{k}": v for k, v in state.items()}
-    save_tensors(Path(folder, "state", "resume.safetensors"), tensors, step=step, scaler=scaler.state_dict(), **meta)
+        tensors |= {f"{prefix}optimizer.{names[p]}.{k}": v for k, v in state.items()}
+    return tensors
 
 
-def load_state(folder, model, ema, optimizer, scaler):
+def load_state(folder, model, ema, optimizer, scaler, also=None):
     """The inverse of save_state, in place -> its meta (step and what the script added)."""
     tensors, meta = load_tensors(Path(folder, "state", "resume.safetensors"))
-
-    def part(prefix):
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    try:
-        model.load_state_dict(part("model."))
-    except RuntimeError as e:
-        raise ValueError(f"the run in {folder} does not fit these flags: {e}") from e
-    averaged = part("ema.")
+    parts = {"": (model, optimizer, scaler)}
+    parts |= {f"{name}.": part for name, part in (also or {}).items() if name in meta.get("scalers", {})}  # else new
+    for prefix, (module, own, own_scaler) in parts.items():
+        try:
+            module.load_state_dict(with_prefix(tensors, f"{prefix}model."))
+        except RuntimeError as e:
+            raise ValueError(f"the run in {folder} does not fit these flags: {e}") from e
+        moments = with_prefix(tensors, f"{prefix}optimizer.")
+        for name, p in module.named_parameters():
+            state = {k: moments[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in moments}
+            if state:
+                own.state[p] = {k: v.to(p.device) if k != "step" or p.is_cuda else v for k, v in state.items()}
+        saved = meta["scalers"][prefix[:-1]] if prefix else meta["scaler"]
+        if saved:
+            own_scaler.load_state_dict(saved)
+    averaged = with_prefix(tensors, "ema.")
     for k, v in model.named_parameters():
         if k in ema.weights:
             ema.weights[k].copy_(averaged.get(k, v.detach()))
-    moments = part("optimizer.")
-    for name, p in model.named_parameters():
-        state = {k: moments[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in moments}
-        if state:
-            optimizer.state[p] = {k: v.to(p.device) if k != "step" or p.is_cuda else v for k, v in state.items()}
-    if meta["scaler"]:
-        scaler.load_state_dict(meta["scaler"])
     return meta
+
+
+def with_prefix(tensors, prefix):
+    """The tensors whose name starts so, without that start."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 # --- log -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Shapes: B batch, H W picture, h w code grid, N = B*h*w latents, C code dimension
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from typing import Annotated
 
@@ -18,17 +18,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from minit2i.backbones import BACKBONES
+from minit2i.losses import laplace_picture
+
 
 @dataclass(frozen=True)
 class VQConfig:
     """What the tokenizer is; stored in its checkpoint."""
 
     stride: Annotated[int, "pixels per code in each direction", (2, 4, 8, 16, 32)] = 4
-    ch: Annotated[int, "channels at half resolution; doubled at each further level, up to 4x"] = 64
-    n_res: Annotated[int, "residual blocks per level"] = 2
-    patchwise: Annotated[bool, "a code sees its own stride x stride pixels only; easier to predict, harder to draw"] = (
-        False
-    )
+    backbone: Annotated[str, "encoder and decoder: vqvae, dvae, vqgan, movq or vit"] = "vqvae"
+    ch: Annotated[int, "channels of the finest grid, more on coarser ones; vit: a quarter of its width"] = 64
+    n_res: Annotated[int, "residual blocks per grid; vit: transformer blocks"] = 2
+    patchwise: Annotated[bool, "vqvae: a code sees its own pixels only; easier to predict, harder to draw"] = False
+    decoder: Annotated[str, "the backbone whose decoder is used; empty: the encoder's"] = ""
+    decoder_ch: Annotated[int, "channels of the decoder; 0: --ch"] = 0
+    decoder_n_res: Annotated[int, "residual blocks of the decoder; 0: --n_res"] = 0
+    maps: int = 3  # that the decoder gives: 3 are RGB, 6 the means and log-scales of logit-Laplace
     quantizer: Annotated[str, "how codes are learned (see QUANTIZERS)"] = "ema"
     n_codes: Annotated[int, "codebook size"] = 1024
     code_dim: Annotated[int, "channels of a code"] = 32
@@ -308,55 +314,7 @@ QUANTIZERS = {
 }
 
 
-# --- encoder and decoder -----------------------------------------------------------------------------
-
-
-class ResBlock(nn.Module):
-    """x (B, ch, h, w) -> the same shape.  3x3 then 1x1 convolution, VQ-VAE sec. 4.1.
-
-    No normalisation: one over the whole picture would let each code know of all others, and the prior
-    could tell a training picture by its first codes instead of its caption.
-    """
-
-    def __init__(self, ch, kernel=3):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(ch, ch, kernel, padding=kernel // 2), nn.Conv2d(ch, ch, 1)
-        nn.init.zeros_(self.conv2.weight)  # each block starts as the identity
-
-    def forward(self, x):
-        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
-
-
-def channels(cfg):
-    """Channels at strides 2, 4, ... up to cfg.stride."""
-    return [cfg.ch * min(2**i, 4) for i in range(cfg.stride.bit_length() - 1)]
-
-
-class Encoder(nn.Sequential):
-    """Strided convolutions with residual blocks: (B, 3, H, W) -> (B, C, H/stride, W/stride).
-
-    Kernels of 4 and 3, as VQ-VAE's, so that neighbouring codes overlap; or, if cfg.patchwise, of 2 and 1.
-    """
-
-    def __init__(self, cfg):
-        layers, last = [], 3
-        down, res = (dict(kernel_size=2), 1) if cfg.patchwise else (dict(kernel_size=4, padding=1), 3)
-        for w in channels(cfg):
-            layers += [nn.Conv2d(last, w, stride=2, **down), *(ResBlock(w, res) for _ in range(cfg.n_res)), nn.SiLU()]
-            last = w
-        super().__init__(*layers, nn.Conv2d(last, QUANTIZERS[cfg.quantizer].widths(cfg)[0], 1))
-
-
-class Decoder(nn.Sequential):
-    """The encoder's mirror, with transposed convolutions: (B, C, h, w) -> (B, 3, h*stride, w*stride)."""
-
-    def __init__(self, cfg):
-        ws = channels(cfg)[::-1]
-        layers = [nn.Conv2d(QUANTIZERS[cfg.quantizer].widths(cfg)[1], ws[0], 3, padding=1)]
-        for w, nxt in zip(ws, [*ws[1:], 3]):
-            layers += [ResBlock(w) for _ in range(cfg.n_res)]
-            layers += [nn.SiLU(), nn.ConvTranspose2d(w, nxt, 4, stride=2, padding=1)]
-        super().__init__(*layers)
+# --- the model ------------------------------------------------------------------------------------------
 
 
 class VQ(nn.Module):
@@ -364,10 +322,21 @@ class VQ(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer {cfg.quantizer!r} is not known; use one of {', '.join(QUANTIZERS)}")
+        decoder = cfg.decoder or cfg.backbone
+        for name, value, known in (
+            ("quantizer", cfg.quantizer, QUANTIZERS),
+            ("backbone", cfg.backbone, BACKBONES),
+            ("decoder", decoder, BACKBONES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
+        if cfg.patchwise and cfg.backbone != "vqvae":
+            raise ValueError(f"--patchwise is for the vqvae backbone, not for {cfg.backbone}; leave it out")
         self.cfg = cfg
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        wide, narrow = QUANTIZERS[cfg.quantizer].widths(cfg)
+        decoder_cfg = replace(cfg, ch=cfg.decoder_ch or cfg.ch, n_res=cfg.decoder_n_res or cfg.n_res)
+        self.encoder = BACKBONES[cfg.backbone][0](cfg, wide)
+        self.decoder = BACKBONES[decoder][1](decoder_cfg, narrow)
         self.quantizer = QUANTIZERS[cfg.quantizer](cfg)
 
     def grid(self, height, width):
@@ -386,8 +355,12 @@ class VQ(nn.Module):
         self.grid(*image.shape[-2:])
         return rearrange(self.encoder(image), "b c h w -> b h w c")
 
+    def picture(self, maps):
+        """What the decoder gives (B, 3 or 6, H, W) -> the picture (B, 3, H, W), float32, not clamped."""
+        return maps.float() if maps.shape[1] == 3 else laplace_picture(maps)
+
     def forward(self, image, step=None):
-        """Training pass: image (B, 3, H, W) -> reconstruction, latents (N, C), codes (N,), quantizer loss."""
+        """Training pass: image (B, 3, H, W) -> the decoder's maps, latents (N, C), codes (N,), quantizer loss."""
         z = self.latents(image)  # (B, h, w, C)
         flat = rearrange(z, "b h w c -> (b h w) c")
         z_q, codes, loss = self.quantizer(flat, step)
@@ -405,7 +378,12 @@ class VQ(nn.Module):
     def decode(self, codes):
         """codes (B, h, w) -> image (B, 3, H, W), clamped to [-1, 1]."""
         z_q = rearrange(self.quantizer.lookup(codes), "b h w c -> b c h w")
-        return self.decoder(z_q.to(self.dtype)).float().clamp(-1, 1)
+        return self.picture(self.decoder(z_q.to(self.dtype))).clamp(-1, 1)
+
+    @property
+    def last_weight(self):
+        """The decoder's last weight, where the adaptive weight of losses.py compares gradients."""
+        return [w for w in self.decoder.parameters() if w.dim() > 1][-1]
 
     @property
     def dtype(self):

@@ -256,4 +256,4 @@ def test_overfits_one_batch(name):
         vq.quantizer.update(z, codes, step)
         first = float(error.detach()) if step == 0 else first  # noqa: F821
     decoded = (vq.decode(vq.encode(x)) - x).square().mean()
-    assert decoded < (0.5 if name == "fixed" else 0.1) * first
+    assert decoded < (0.5 if name == "fixed" else 0.2) * first
