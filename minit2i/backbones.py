@@ -284,7 +284,7 @@ class ViT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         width = 4 * cfg.ch
-        if width % max(1, width // 64):
+        if width > 64 and width % 64:
             raise ValueError(
                 f"ch {cfg.ch} gives vit a width of {width}, not a multiple of its heads of 64; use {-(-width // 64) * 16}"
             )

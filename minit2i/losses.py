@@ -7,7 +7,6 @@ Shapes: B batch, H W picture; pictures are in [-1, 1].
 
 from dataclasses import dataclass, replace
 from typing import Annotated
-from urllib.error import URLError
 
 import torch
 import torch.distributed as dist
@@ -86,24 +85,28 @@ def parse_recon(text):
 # --- perceptual --------------------------------------------------------------------------------------
 
 
-def vgg16(path=""):
-    """torchvision's VGG16 trained on ImageNet: from a file, or by its own download.  ValueError if neither can be had."""
-    from torchvision.models import VGG16_Weights
-    from torchvision.models import vgg16 as build
+def vgg_features(path=""):
+    """The convolutions of torchvision's VGG16, trained on ImageNet: from its file, or by torchvision's download.
 
-    url = VGG16_Weights.IMAGENET1K_V1.url
+    ValueError if neither can be had.
+    """
+    from torchvision.models import VGG16_Weights
+    from torchvision.models.vgg import cfgs, make_layers
+
+    features, source = make_layers(cfgs["D"]), VGG16_Weights.IMAGENET1K_V1
     try:
-        if not path:
-            return build(weights=VGG16_Weights.IMAGENET1K_V1)
-        net = build()
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return net
-    except (OSError, URLError, RuntimeError, ValueError, KeyError, EOFError, ImportError) as e:
-        what = f"the file {path} holds no VGG16 weights" if path else "torchvision could not download VGG16's weights"
+        if path:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: it can run no code
+        else:
+            state = source.get_state_dict(progress=False)
+        features.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("features.")})
+    except Exception as e:  # a file may be wrong in many ways, a network too
+        what = f"{path} does not hold them" if path else "torchvision could not download them"
         raise ValueError(
-            f"--perceptual needs VGG16, but {what} ({str(e).splitlines()[0]}); fetch {url} and name the file with --vgg, "
-            "or use --perceptual 0"
+            f"--perceptual needs VGG16's weights, and {what} ({type(e).__name__}: {str(e).splitlines()[0][:100]}); "
+            f"fetch {source.url} and name the file with --vgg, or use --perceptual 0"
         ) from e
+    return features
 
 
 class Perceptual(nn.Module):
@@ -115,9 +118,9 @@ class Perceptual(nn.Module):
 
     AT = (3, 8, 15, 22, 29)  # relu1_2, 2_2, 3_3, 4_3, 5_3
 
-    def __init__(self, net):
+    def __init__(self, features):
         super().__init__()
-        self.features = net.features[: self.AT[-1] + 1].eval().requires_grad_(False)
+        self.features = features[: self.AT[-1] + 1].eval().requires_grad_(False)
         for m in self.features:
             if isinstance(m, nn.ReLU):
                 m.inplace = False  # else the features kept here would change
@@ -233,7 +236,7 @@ class Objective:
                 )
             if not p.main:
                 p.barrier()  # the first process downloads
-            self.vgg = Perceptual(vgg16(cfg.vgg)).to(p.device)
+            self.vgg = Perceptual(vgg_features(cfg.vgg)).to(p.device)
             if p.main:
                 p.barrier()
         if cfg.gan:

@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from minit2i import backbones
+from minit2i.backbones import BACKBONES, is_local, reach
+from minit2i.losses import logit_laplace
 from minit2i.vq import QUANTIZERS, VQ, VQConfig, nearest_code
 
 SMALL = VQConfig(stride=4, ch=8, n_res=1, n_codes=16, code_dim=4)
@@ -209,10 +212,10 @@ def test_two_processes_equal_one_with_the_doubled_batch(name):
             assert (two[0][k] == two[1][k]).all(), k
 
 
-@pytest.mark.parametrize("stride", [4, 8, 16])
-@pytest.mark.parametrize("shape", [(32, 32), (48, 16)])
-def test_shapes_for_every_stride_and_oblong_pictures(stride, shape):
-    vq = VQ(replace(SMALL, stride=stride))
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("stride, shape", [(2, (8, 12)), (4, (32, 32)), (8, (48, 16)), (16, (32, 32))])
+def test_shapes_for_every_backbone_stride_and_oblong_pictures(backbone, stride, shape):
+    vq = VQ(replace(SMALL, stride=stride, backbone=backbone))
     x = torch.rand(2, 3, *shape) * 2 - 1
     grid = tuple(s // stride for s in shape)
     codes = vq.encode(x)
@@ -220,6 +223,92 @@ def test_shapes_for_every_stride_and_oblong_pictures(stride, shape):
     assert vq.decode(codes).shape == x.shape and vq.decode(codes).abs().max() <= 1
     recon, z, flat, loss = vq(x)
     assert recon.shape == x.shape and flat.equal(codes.flatten()) and z.shape == (codes.numel(), 4)
+    (recon.square().sum() + loss).backward()
+    assert all(w.grad is not None for w in vq.parameters()), "a parameter that nothing uses would stop DDP"
+    assert vq.last_weight.shape[0 if backbone != "vqvae" else 1] in (3, 3 * stride**2)
+
+
+@pytest.mark.parametrize(
+    "quantizer, size, stride, k", [("gumbel", 256, 8, 8192), ("ema", 256, 16, 8192), ("ema", 800, 8, 1024)]
+)
+def test_the_papers_sizes(quantizer, size, stride, k):
+    """DALL-E's 32x32 codes of 8,192, VQGAN's 16x16, CogView's fashion pictures."""
+    vq = VQ(VQConfig(stride=stride, ch=4, n_res=1, quantizer=quantizer, n_codes=k, code_dim=8, backbone="dvae"))
+    x = torch.rand(1, 3, size, size) * 2 - 1
+    codes = vq.encode(x)
+    assert codes.shape == (1, size // stride, size // stride) and vq.decode(codes).shape == x.shape
+
+
+def test_bottlenecks_are_dalles():
+    """n_layers counts the blocks of all groups, and the branch is a quarter as wide."""
+    blocks = [m for m in VQ(replace(SMALL, stride=8, n_res=2, backbone="dvae")).encoder if hasattr(m, "gain")]
+    assert len(blocks) == 8 and {b.gain for b in blocks} == {1 / 64}
+    assert [b.branch[-1].out_channels // b.branch[1].out_channels for b in blocks] == [4] * 8
+    x = torch.randn(1, 8, 4, 4)
+    assert torch.allclose(blocks[0](x), x + blocks[0].branch(x) / 64)
+
+
+def test_movq_norms_are_modulated_by_the_codes():
+    """They start as plain GroupNorm; then two places of the same codes are scaled alike, of other codes otherwise."""
+    norm, x = backbones.Norm(8, 4), torch.randn(2, 8, 8, 8)
+    z = torch.randn(2, 4, 2, 2)
+    plain = torch.nn.functional.group_norm(x, 8)
+    assert torch.allclose(norm(x, z), plain, atol=1e-4)
+    torch.nn.init.normal_(norm.modulate.weight), torch.nn.init.normal_(norm.modulate.bias)
+    z[0, :, 0, 0] = z[0, :, 1, 1]
+    scale, shift = norm.modulate(z).chunk(2, 1)
+    y = norm(x, z)
+    for i, j in ((0, 0), (3, 5), (7, 7)):
+        expected = plain[:, :, i, j] * (1 + scale[:, :, i // 4, j // 4]) + shift[:, :, i // 4, j // 4]
+        assert torch.allclose(y[:, :, i, j], expected, atol=1e-4)
+
+
+def test_vit_attention_equals_a_loop():
+    block, x = backbones.ViTBlock(8, 2), torch.randn(1, 6, 8)
+    q, k, v = block.qkv(block.norm1(x))[0].view(6, 3, 2, 4).unbind(1)  # (6, 2, 4) each
+    mixed = torch.zeros(6, 2, 4)
+    for i in range(6):
+        for h in range(2):
+            weight = torch.stack([(q[i, h] * k[j, h]).sum() / 2 for j in range(6)]).softmax(0)
+            mixed[i, h] = sum(weight[j] * v[j, h] for j in range(6))
+    y = x + block.out(mixed.view(1, 6, 8))
+    assert torch.allclose(block(x), y + block.mlp(block.norm2(y)), atol=1e-5)
+    with pytest.raises(ValueError, match="not a multiple of its heads of 64; use 48"):
+        VQ(replace(SMALL, ch=40, backbone="vit"))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_without_nan(backbone, dtype):
+    """Autocast, loss scaling, gumbel's or moving-average codes, logit-Laplace: finite and falling over 25 steps."""
+    torch.manual_seed(0)
+    quantizer = "gumbel" if backbone == "dvae" else "ema"
+    vq = VQ(replace(SMALL, backbone=backbone, quantizer=quantizer, maps=6, kl_weight=0.1))
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    optimizer = torch.optim.AdamW(vq.parameters(), 3e-3)
+    x, seen = torch.rand(4, 3, 1, 1).expand(-1, -1, 16, 16) * 2 - 1, []
+    for step in range(25):
+        with torch.autocast("cpu", dtype):
+            maps, z, codes, loss = vq(x, step)
+            nll = logit_laplace(maps, None, x)
+        assert nll.dtype == loss.dtype == vq.picture(maps).dtype == torch.float32
+        scaler.scale(nll + loss).backward()
+        scaler.step(optimizer), scaler.update(), optimizer.zero_grad()
+        vq.quantizer.update(z, codes, step)
+        seen.append(float(nll.detach()))
+    assert torch.tensor(seen).isfinite().all() and seen[-1] < seen[0]
+    assert all(v.isfinite().all() for v in vq.state_dict().values())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_codes_of_local_backbones_look_no_further_than_said(backbone):
+    vq = VQ(replace(SMALL, stride=4, backbone=backbone)).double()
+    x = torch.rand(1, 3, 128, 64, dtype=torch.double) * 2 - 1
+    changed = x.clone()
+    changed[:, :, :4, :4] += 1  # one code's own pixels
+    far = (vq.latents(x) != vq.latents(changed)).any(-1)[0].any(1).nonzero().max()  # the last row that moved
+    assert is_local(vq.encoder) == is_local(vq.decoder) == (backbone in ("vqvae", "dvae"))
+    assert far <= reach(vq.encoder) / 4 + 1 if is_local(vq.encoder) else far == 31
 
 
 def test_a_code_depends_on_its_surroundings_only():
@@ -234,6 +323,13 @@ def test_a_code_depends_on_its_surroundings_only():
         moved = (vq.latents(x) != vq.latents(changed)).any(-1)[0]  # (16, 16)
         assert moved[inside].all() and not moved[:4].any() and not moved[:, :4].any()
         assert moved.equal(inside) == patchwise
+
+
+def test_what_a_backbone_cannot_do_is_refused():
+    with pytest.raises(ValueError, match="backbone 'unet' is not known; use one of vqvae"):
+        VQ(replace(SMALL, backbone="unet"))
+    with pytest.raises(ValueError, match="--patchwise is for the vqvae backbone"):
+        VQ(replace(SMALL, backbone="vit", patchwise=True))
 
 
 def test_a_size_that_the_stride_does_not_divide_is_refused():
