@@ -37,6 +37,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]")
+    parser.add_argument(
+        "--vq", default="", help="decode with this tokenizer: a finetuned or enlarging one of the same codes"
+    )
     parser.add_argument("--prompt", help="what to draw; '' draws without a caption")
     parser.add_argument("--prompts", help="a text file with one prompt a line")
     parser.add_argument(
@@ -62,7 +65,7 @@ def main():
     if not prompts:
         raise ValueError(f"no prompts in {args.prompts}")
 
-    painter = Painter(args.model, pick_device(args.device), torch.bfloat16 if args.half else torch.float32)
+    painter = Painter(args.model, pick_device(args.device), torch.bfloat16 if args.half else torch.float32, args.vq)
     first = None
     if args.image:
         rows = painter.prior.cfg.grid_h // 2 if args.keep_rows is None else args.keep_rows

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
@@ -26,11 +27,14 @@ from minit2i.train import (
     has_state,
     load_model,
     load_state,
+    load_tensors,
     make_optimizer,
     optimizer_step,
     parse_flags,
+    pick,
     pick_precision,
     plot_log,
+    read_config,
     run,
     save_image,
     save_model,
@@ -45,6 +49,56 @@ class VQTrainConfig(LossConfig, TrainConfig):
     """How to train the tokenizer."""
 
     lr: Annotated[float, "peak learning rate"] = 1e-3
+    finetune_decoder: Annotated[str, "train a new decoder on this folder's encoder and codebook, which stay"] = ""
+    super_resolution: Annotated[str, "train an enlargement by --upscale of what this folder's tokenizer decodes"] = ""
+
+    @property
+    def base(self):
+        return self.init or self.finetune_decoder or self.super_resolution
+
+
+DECODER = ("decoder", "decoder_ch", "decoder_n_res", "maps")  # the fields that a new decoder may change
+UPSAMPLER = ("upscale", "sr_ch", "sr_blocks")
+
+
+def freeze(model, cfg):
+    """Only the decoder, or the super-resolution, learns if cfg says so -> the names of the parts that stay."""
+    names = ["encoder", "quantizer"] if cfg.finetune_decoder else []
+    names = ["encoder", "quantizer", "decoder"] if cfg.super_resolution else names
+    for name in names:
+        getattr(model, name).requires_grad_(False)
+    return names
+
+
+def load_base(model, cfg):
+    """The model that a run starts from: all of it for --init, what stays for a new decoder or super-resolution.
+
+    A new decoder of the same shape starts as the old one.  ValueError where what stays would not be the same.
+    """
+    if cfg.init:
+        return load_model(cfg.init, model).train()
+    saved, now, free = pick(VQConfig, read_config(cfg.base)["model"]), model.cfg, DECODER
+    if cfg.super_resolution:
+        free = UPSAMPLER
+        if now.upscale == 1:
+            raise ValueError("--super_resolution needs --upscale 2 or 4")
+    for name, value in asdict(now).items():
+        if name not in free and value != getattr(saved, name):
+            raise ValueError(
+                f"--{name} {value} would change what stays of {cfg.base} ({getattr(saved, name)}); leave it out"
+            )
+    tensors, _ = load_tensors(Path(cfg.base, "model.safetensors"))
+    own, stays = model.state_dict(), freeze(model, cfg)
+    same = now == saved
+    chosen = {k: v.to(own[k].dtype) for k, v in tensors.items() if k in own and (same or k.split(".")[0] in stays)}
+    model.load_state_dict(own | chosen)
+
+
+def shrink(image, scale):
+    """image (B, 3, H, W) in [-1, 1] -> (B, 3, H/scale, W/scale), bicubic without aliasing."""
+    if scale == 1:
+        return image
+    return F.interpolate(image, scale_factor=1 / scale, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -57,7 +111,7 @@ def evaluate(model, pictures, n, batch, p, precision):
         skipped += skips
         images = images.to(p.device)
         with autocast(p.device, precision):
-            codes = model.encode(images)
+            codes = model.encode(shrink(images, model.cfg.upscale))
             recon = model.decode(codes)
         total = [total[0] + float(psnr(recon, images).sum()), total[1] + len(images)]
         counts += torch.bincount(codes.flatten(), minlength=model.cfg.n_codes).cpu()
@@ -70,27 +124,41 @@ def evaluate(model, pictures, n, batch, p, precision):
 def main():
     # --- configuration, processes, data ---
     model_cfg, data_cfg, cfg = parse_flags(__doc__, VQConfig, DataConfig, VQTrainConfig)
-    data_cfg = replace(data_cfg, size=data_cfg.size or "64")
+    resumed, frozen = cfg.resume and has_state(cfg.out), bool(cfg.finetune_decoder or cfg.super_resolution)
+    if sum(map(bool, (cfg.init, cfg.finetune_decoder, cfg.super_resolution))) > 1:
+        raise ValueError("use one of --init, --finetune_decoder and --super_resolution at a time")
+    if model_cfg.upscale > 1 and not cfg.super_resolution:
+        raise ValueError("--upscale needs --super_resolution, the folder of a tokenizer that is trained already")
+    laplace = "logit_laplace" in parse_recon(cfg.recon)
+    if laplace and cfg.super_resolution:
+        raise ValueError("--super_resolution draws pictures, not distributions; use --recon l1 or l2")
+    if not cfg.super_resolution:
+        model_cfg = replace(model_cfg, maps=6 if laplace else 3)
+    size = data_cfg.size or (read_config(cfg.base)["data"]["size"] if cfg.base else "64")
+    data_cfg = replace(data_cfg, size=size)
+    large = [
+        model_cfg.upscale * n for n in parse_size(size)
+    ]  # the pictures read, of which the tokenizer sees smaller ones
+    read_cfg = replace(data_cfg, size=f"{large[0]}x{large[1]}", resize=data_cfg.resize * model_cfg.upscale)
     p = Processes(cfg.device)
     precision = pick_precision(cfg.precision, p.device)
-    (source, train), (val_source, val) = split(data_cfg)
-    train_set, val_set = Pictures(source, train, data_cfg, cfg.seed), Pictures(val_source, val, data_cfg)
+    (source, train), (val_source, val) = split(read_cfg)
+    train_set, val_set = Pictures(source, train, read_cfg, cfg.seed), Pictures(val_source, val, read_cfg)
     try:
         val_set[0]
     except ValueError:  # a few pictures, and the one kept for validation is bad
-        val_set = Pictures(source, train, data_cfg)
+        val_set = Pictures(source, train, read_cfg)
     skipped = Skipped(p.say)
     skipped.add([*source.damaged, *(val_source.damaged if val_source is not source else ())])
 
     # --- model and optimizer ---
     torch.manual_seed(cfg.seed)
-    model_cfg = replace(model_cfg, maps=6 if "logit_laplace" in parse_recon(cfg.recon) else 3)
     model = VQ(model_cfg).to(p.device)
     model.grid(*parse_size(data_cfg.size))
-    objective = Objective(cfg, p, precision, parse_size(data_cfg.size))
-    resumed = cfg.resume and has_state(cfg.out)
-    if cfg.init and not resumed:
-        load_model(cfg.init, model).train()
+    objective = Objective(cfg, p, precision, large)
+    if cfg.base and not resumed:
+        load_base(model, cfg)
+    freeze(model, cfg)
     optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
     scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
     start = 0
@@ -147,14 +215,14 @@ def main():
             images, _, skips = next(loader)
             skipped.add(skips)
             parts.append(images.to(p.device, non_blocking=True))
-        if step == 0 and not cfg.init:
+        if step == 0 and not cfg.base:
             with torch.no_grad(), autocast(p.device, precision):
                 model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in parts]))
         latents, codes, sums = [], [], {}  # sums: name -> mean over the parts, for the log
         for k, images in enumerate(parts):
             forward.require_backward_grad_sync = k == cfg.accum - 1
             with autocast(p.device, precision):
-                maps, z, c, quantizer_loss = forward(images, step)
+                maps, z, c, quantizer_loss = forward(shrink(images, model_cfg.upscale), None if frozen else step)
                 picture = model.picture(maps)
                 loss, values = objective(maps, picture, images, model.last_weight, step, scaler.get_scale())
             loss = loss + quantizer_loss.float()
@@ -166,7 +234,8 @@ def main():
             sums = {name: sums.get(name, 0.0) + v / cfg.accum for name, v in values.items()}
             latents.append(z), codes.append(c)
         norm = optimizer_step(model, optimizer, scaler, cfg, step)
-        model.quantizer.update(torch.cat(latents), torch.cat(codes), step)
+        if not frozen:
+            model.quantizer.update(torch.cat(latents), torch.cat(codes), step)
         ema.update(model, step)
         if objective.playing(step):
             objective.adversary.step(step)

@@ -346,6 +346,7 @@ class WDSR(nn.Module):
         def conv(a, b, gain=1.0):
             c = nn.utils.parametrizations.weight_norm(nn.Conv2d(a, b, 3, padding=1))
             c.parametrizations.weight.original0.data.mul_(gain)
+            c.bias.data.mul_(gain)
             return c
 
         self.first, self.last = conv(3, ch), conv(ch, 3 * scale**2, gain=0.0)
@@ -373,7 +374,7 @@ def bicubic_kernel(s):
     return kernel.view(3 * s * s, 3, 5, 5)
 
 
-# --- all of them -------------------------------------------------------------------------------------
+# --- all of them, and how far they look -------------------------------------------------------------------------------------
 
 BACKBONES = {
     "vqvae": (Encoder, Decoder),
@@ -401,3 +402,29 @@ def reach(net, jump=1.0):
         elif isinstance(m, nn.Upsample):
             jump /= m.scale_factor
     return total
+
+
+HALO = 8  # codes around a tile that are computed and thrown away, where the backbone sees everything
+
+
+def tiled(f, x, grid, tile, halo, unit, out_unit):
+    """f by overlapping tiles of at most `tile` codes a side (0: all at once), so that memory is bounded.
+
+    x (..., h*unit, w*unit) -> (..., h*out_unit, w*out_unit), grid = (h, w).  Each tile sees `halo` more codes on every
+    side.  Where the backbone is convolutions alone (vqvae, dvae), the halo is as far as they reach, and the result is the
+    same as untiled up to rounding.  vqgan, movq and vit normalise or attend over the whole picture: there a tile is a picture of
+    its own, and codes and pictures differ.
+    """
+    (h, w), halo = grid, math.ceil(halo)
+    if not tile:
+        return f(x)
+    rows = []
+    for top in range(0, h, tile):
+        a, row = max(0, top - halo), []
+        for left in range(0, w, tile):
+            b = max(0, left - halo)
+            part = x[..., a * unit : (top + tile + halo) * unit, b * unit : (left + tile + halo) * unit]
+            i, j = (top - a) * out_unit, (left - b) * out_unit
+            row.append(f(part)[..., i : i + tile * out_unit, j : j + tile * out_unit])
+        rows.append(torch.cat(row, -1))
+    return torch.cat(rows, -2)

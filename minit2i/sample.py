@@ -155,7 +155,8 @@ def load_vq(folder, device="cpu"):
 class Painter:
     """A prior's checkpoint folder, ready to draw: its tokenizer, its text model, its sizes."""
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32):
+    def __init__(self, folder, device="cpu", dtype=torch.float32, vq=""):
+        """vq: a folder whose decoder is used instead: a finetuned or enlarging one of the same codes."""
         config = read_config(folder)
         if config.get("kind") != "prior":
             raise ValueError(f"{folder} is not a prior; train_prior.py makes one")
@@ -164,6 +165,12 @@ class Painter:
             load_model(folder, GPT(pick(GPTConfig, config["model"]))).to(self.device, dtype).requires_grad_(False)
         )
         self.vq = load_vq(Path(folder, "vq"), self.device)
+        own = self.vq.quantizer.codebook
+        if vq:
+            self.vq = load_vq(vq, self.device)
+            other = self.vq.quantizer.codebook
+            if other.shape != own.shape or not torch.allclose(other, own, rtol=1e-2, atol=1e-3):  # float16 copies pass
+                raise ValueError(f"the codes of {vq} are not those of {folder}; use one finetuned from its tokenizer")
         self.text = Text(Path(folder, "text.model").read_bytes(), self.prior.cfg.text_len)
         self.hash = file_hash(Path(folder, "model.safetensors"))
         self.size = tuple(s * self.vq.cfg.stride for s in (self.prior.cfg.grid_h, self.prior.cfg.grid_w))

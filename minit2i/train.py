@@ -55,6 +55,11 @@ class TrainConfig:
     eval_size: Annotated[int, "validation pictures used"] = 256
     save_every: Annotated[int, "steps between checkpoints"] = 500
 
+    @property
+    def base(self):
+        """The folder whose model this run starts from, or ''."""
+        return self.init
+
 
 # --- flags from dataclasses ------------------------------------------------------------------------------
 
@@ -91,7 +96,7 @@ def pick(config, values):
 def parse_flags(doc, model, data, train, argv=None):
     """argv -> a config of each of the three dataclasses.
 
-    With --resume the run's own config.json replaces the defaults, with --init the model's part of that one's,
+    With --resume the run's own config.json replaces the defaults, with --init (see `base`) the model's part of that one's,
     so that no flag needs retyping.  ValueError if a flag would change the model of a resumed run.
     """
     parser = argparse.ArgumentParser(
@@ -101,8 +106,8 @@ def parse_flags(doc, model, data, train, argv=None):
         add_flags(parser, config)
     args = parser.parse_args(argv)
     resumed = args.resume and has_state(args.out)
-    if resumed or args.init:
-        folder = args.out if resumed else args.init
+    folder = args.out if resumed else pick(train, args).base
+    if folder:
         saved = read_config(folder)
         if not set(saved["model"]) <= {f.name for f in fields(model)}:
             raise ValueError(f"{folder} holds a run of the other stage, or of a newer version; use another folder")

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from minit2i.backbones import BACKBONES
+from minit2i.backbones import BACKBONES, HALO, WDSR, is_local, reach, tiled
 from minit2i.losses import laplace_picture
 
 
@@ -34,6 +34,9 @@ class VQConfig:
     decoder: Annotated[str, "the backbone whose decoder is used; empty: the encoder's"] = ""
     decoder_ch: Annotated[int, "channels of the decoder; 0: --ch"] = 0
     decoder_n_res: Annotated[int, "residual blocks of the decoder; 0: --n_res"] = 0
+    upscale: Annotated[int, "decoded pictures are that many times larger (see --super_resolution)", (1, 2, 4)] = 1
+    sr_ch: Annotated[int, "channels of the super-resolution (Parti: 128)"] = 128
+    sr_blocks: Annotated[int, "residual blocks of the super-resolution (Parti: 12)"] = 12
     maps: int = 3  # that the decoder gives: 3 are RGB, 6 the means and log-scales of logit-Laplace
     quantizer: Annotated[str, "how codes are learned (see QUANTIZERS)"] = "ema"
     n_codes: Annotated[int, "codebook size"] = 1024
@@ -318,7 +321,7 @@ QUANTIZERS = {
 
 
 class VQ(nn.Module):
-    """The tokenizer: encoder, quantizer, decoder."""
+    """The tokenizer: encoder, quantizer, decoder, and perhaps a super-resolution of what it decodes."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -338,6 +341,7 @@ class VQ(nn.Module):
         self.encoder = BACKBONES[cfg.backbone][0](cfg, wide)
         self.decoder = BACKBONES[decoder][1](decoder_cfg, narrow)
         self.quantizer = QUANTIZERS[cfg.quantizer](cfg)
+        self.upsampler = WDSR(cfg.upscale, cfg.sr_ch, cfg.sr_blocks) if cfg.upscale > 1 else None
 
     def grid(self, height, width):
         """Codes (h, w) of a picture of height x width pixels; ValueError if the stride does not divide it."""
@@ -355,35 +359,53 @@ class VQ(nn.Module):
         self.grid(*image.shape[-2:])
         return rearrange(self.encoder(image), "b c h w -> b h w c")
 
+    def render(self, z_q):
+        """Latents (B, C, h, w) -> what is trained: the decoder's maps (B, 3 or 6, H, W), or the enlarged picture."""
+        maps = self.decoder(z_q)
+        return maps if self.upsampler is None else self.upsampler(self.picture(maps).clamp(-1, 1).to(maps.dtype))
+
     def picture(self, maps):
-        """What the decoder gives (B, 3 or 6, H, W) -> the picture (B, 3, H, W), float32, not clamped."""
+        """What `render` gives -> the picture (B, 3, H, W), float32, not clamped."""
         return maps.float() if maps.shape[1] == 3 else laplace_picture(maps)
 
     def forward(self, image, step=None):
-        """Training pass: image (B, 3, H, W) -> the decoder's maps, latents (N, C), codes (N,), quantizer loss."""
+        """Training pass: image (B, 3, H, W) -> what `render` gives, latents (N, C), codes (N,), quantizer loss."""
         z = self.latents(image)  # (B, h, w, C)
         flat = rearrange(z, "b h w c -> (b h w) c")
         z_q, codes, loss = self.quantizer(flat, step)
         z_q = rearrange(z_q, "(b h w) c -> b c h w", b=z.shape[0], h=z.shape[1])
-        return self.decoder(z_q), flat.detach(), codes, loss
+        return self.render(z_q), flat.detach(), codes, loss
 
     @torch.no_grad()
-    def encode(self, image):
-        """image (B, 3, H, W) in [-1, 1] -> codes (B, h, w)."""
-        z = self.latents(image)
-        _, codes, _ = self.quantizer(rearrange(z, "b h w c -> (b h w) c"))
-        return codes.view(z.shape[:3])
+    def encode(self, image, tile=0):
+        """image (B, 3, H, W) in [-1, 1] -> codes (B, h, w); tile: see `tiled`."""
+
+        def whole(image):
+            z = self.latents(image)
+            _, codes, _ = self.quantizer(rearrange(z, "b h w c -> (b h w) c"))
+            return codes.view(z.shape[:3])
+
+        halo = reach(self.encoder) / self.cfg.stride if is_local(self.encoder) else HALO
+        return tiled(whole, image, self.grid(*image.shape[-2:]), tile, halo, self.cfg.stride, 1)
 
     @torch.no_grad()
-    def decode(self, codes):
-        """codes (B, h, w) -> image (B, 3, H, W), clamped to [-1, 1]."""
-        z_q = rearrange(self.quantizer.lookup(codes), "b h w c -> b c h w")
-        return self.picture(self.decoder(z_q.to(self.dtype))).clamp(-1, 1)
+    def decode(self, codes, tile=0):
+        """codes (B, h, w) -> image (B, 3, H, W), clamped to [-1, 1]; H = h * stride * upscale; tile: see `tiled`."""
+
+        def whole(codes):
+            z_q = rearrange(self.quantizer.lookup(codes), "b h w c -> b c h w")
+            return self.picture(self.render(z_q.to(self.dtype))).clamp(-1, 1)
+
+        s, halo = self.cfg.stride, HALO
+        if is_local(self.decoder):
+            halo = reach(self.decoder, s) / s + (reach(self.upsampler) / s if self.upsampler else 0)
+        return tiled(whole, codes, codes.shape[1:], tile, halo, 1, s * self.cfg.upscale)
 
     @property
     def last_weight(self):
-        """The decoder's last weight, where the adaptive weight of losses.py compares gradients."""
-        return [w for w in self.decoder.parameters() if w.dim() > 1][-1]
+        """The last weight before the picture, where the adaptive weight of losses.py compares gradients."""
+        net = self.upsampler.skip if self.upsampler else self.decoder
+        return [w for w in net.parameters() if w.dim() > 1][-1]
 
     @property
     def dtype(self):

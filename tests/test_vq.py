@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import train_vq
 from minit2i import backbones
 from minit2i.backbones import BACKBONES, is_local, reach
 from minit2i.losses import logit_laplace
+from minit2i.sample import Painter, load_vq
 from minit2i.vq import QUANTIZERS, VQ, VQConfig, nearest_code
+from test_train import call, equal, pictures, prior, vq  # noqa: F401
 
 SMALL = VQConfig(stride=4, ch=8, n_res=1, n_codes=16, code_dim=4)
 
@@ -280,14 +283,14 @@ def test_vit_attention_equals_a_loop():
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_trains_without_nan(backbone, dtype):
-    """Autocast, loss scaling, gumbel's or moving-average codes, logit-Laplace: finite and falling over 25 steps."""
+    """Autocast, loss scaling, gumbel's or moving-average codes, logit-Laplace: finite and falling over 20 steps."""
     torch.manual_seed(0)
     quantizer = "gumbel" if backbone == "dvae" else "ema"
     vq = VQ(replace(SMALL, backbone=backbone, quantizer=quantizer, maps=6, kl_weight=0.1))
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     optimizer = torch.optim.AdamW(vq.parameters(), 3e-3)
-    x, seen = torch.rand(4, 3, 1, 1).expand(-1, -1, 16, 16) * 2 - 1, []
-    for step in range(25):
+    x, seen = torch.rand(4, 3, 1, 1).expand(-1, -1, 8, 8) * 2 - 1, []
+    for step in range(20):
         with torch.autocast("cpu", dtype):
             maps, z, codes, loss = vq(x, step)
             nll = logit_laplace(maps, None, x)
@@ -323,6 +326,114 @@ def test_a_code_depends_on_its_surroundings_only():
         moved = (vq.latents(x) != vq.latents(changed)).any(-1)[0]  # (16, 16)
         assert moved[inside].all() and not moved[:4].any() and not moved[:, :4].any()
         assert moved.equal(inside) == patchwise
+
+
+@pytest.mark.parametrize("backbone, upscale", [("vqvae", 1), ("dvae", 2), ("vqgan", 1)])
+def test_tiles_give_the_same_codes_where_the_backbone_is_local(backbone, upscale):
+    """vqgan's norms see the whole picture: there it only has to work."""
+    torch.manual_seed(0)
+    cfg = replace(SMALL, backbone=backbone, upscale=upscale, sr_ch=8, sr_blocks=2)
+    vq = VQ(cfg).double()
+    x = torch.rand(2, 3, 64, 104, dtype=torch.double) * 2 - 1
+    codes, seen = vq.encode(x), []
+    vq.encoder.register_forward_hook(lambda m, inputs, out: seen.append(out.shape[2] * out.shape[3]))
+    tiled = vq.encode(x, tile=6)
+    assert tiled.shape == codes.shape and len(seen) == 15 and max(seen) < codes[0].numel()
+    pictures = vq.decode(codes), vq.decode(codes, tile=6)
+    assert pictures[0].shape == pictures[1].shape == (2, 3, 64 * upscale, 104 * upscale)
+    if is_local(vq.encoder):
+        assert tiled.equal(codes) and torch.allclose(*pictures, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_super_resolution_starts_as_bicubic(scale):
+    x = torch.rand(2, 3, 9, 6)
+    net = backbones.WDSR(scale, 8, 2)
+    expected = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bicubic")
+    assert torch.allclose(net(x), expected, atol=1e-5)
+    net(x).square().sum().backward()
+    assert net.last.parametrizations.weight.original0.grad.abs().sum() > 0, "it must be able to leave that start"
+
+
+def test_wdsr_has_the_size_that_parti_names():
+    """About 15 M parameters for 12 blocks of 128 channels."""
+    assert 14e6 < sum(w.numel() for w in backbones.WDSR(2, 128, 12).parameters()) < 15e6
+
+
+# --- decoders trained afterwards ---
+
+
+def quick(out, *flags):
+    call(
+        train_vq,
+        "--out",
+        out,
+        "--steps",
+        3,
+        *"--lr 1e-2 --batch_size 8 --workers 0 --log_every 1 --eval_size 8".split(),
+        *flags,
+    )
+    return out
+
+
+def test_a_finetuned_decoder_keeps_every_code_to_the_bit(vq, prior, pictures, tmp_path):  # noqa: F811
+    """Encoder and codebook stay, also over a resume; the decoder is larger, of another kind, and draws other pictures."""
+    larger = "--decoder", "movq", "--decoder_ch", 16, "--decoder_n_res", 2
+    fine = quick(tmp_path / "fine", "--data", pictures, "--finetune_decoder", vq, *larger)
+    call(train_vq, "--resume", "--out", fine, "--steps", 5)
+    before, after = load_vq(vq), load_vq(fine)
+    x = torch.rand(64, 3, 32, 32) * 2 - 1
+    codes = before.encode(x)
+    assert after.encode(x).equal(codes) and not after.decode(codes).equal(before.decode(codes))
+    state = after.state_dict()
+    stays = [k for k in before.state_dict() if k.startswith(("encoder", "quantizer"))]
+    assert all(state[k].equal(before.state_dict()[k]) for k in stays) and len(stays) > 5
+    assert after.cfg == replace(before.cfg, decoder="movq", decoder_ch=16, decoder_n_res=2)
+    assert sum(w.numel() for w in after.decoder.parameters()) > 2 * sum(w.numel() for w in before.decoder.parameters())
+    painter = Painter(prior, vq=fine)
+    assert painter.vq.cfg.decoder == "movq"
+    same = quick(tmp_path / "same", "--data", pictures, "--finetune_decoder", vq, "--lr", 0)
+    assert equal(same / "model.safetensors", vq / "model.safetensors"), "one of the same shape starts as the old one"
+
+
+def test_super_resolution_on_top_of_a_frozen_tokenizer(vq, prior, pictures, tmp_path):  # noqa: F811
+    flags = "--data", pictures, "--super_resolution", vq, "--upscale", 2, "--sr_ch", 8, "--sr_blocks", 1
+    large = load_vq(quick(tmp_path / "x2", *flags))
+    small, x = load_vq(vq), torch.rand(4, 3, 32, 32) * 2 - 1
+    assert large.encode(x).equal(small.encode(x))
+    y = large.decode(small.encode(x))
+    bicubic = torch.nn.functional.interpolate(small.decode(small.encode(x)), scale_factor=2, mode="bicubic")
+    assert y.shape == (4, 3, 64, 64) and 0 < (y - bicubic).abs().max() < 0.5
+    painter = Painter(prior, vq=tmp_path / "x2")
+    assert painter.images(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 3, 64, 64) and painter.size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--finetune_decoder", "VQ", "--stride", "4"], "--stride 4 would change what stays of .* (8); leave it out"),
+        (["--finetune_decoder", "VQ", "--l2_norm"], "--l2_norm True would change what stays"),
+        (["--finetune_decoder", "VQ", "--init", "VQ"], "use one of --init, --finetune_decoder and"),
+        (["--super_resolution", "VQ"], "needs --upscale 2 or 4"),
+        (["--super_resolution", "VQ", "--upscale", "2", "--recon", "logit_laplace"], "use --recon l1 or l2"),
+        (["--upscale", "2"], "--upscale needs --super_resolution"),
+        (["--finetune_decoder", "nowhere"], "nowhere is not a checkpoint folder"),
+    ],
+)
+def test_decoders_that_cannot_be_trained_are_refused(flags, message, vq, pictures, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match=message.replace("(8)", r"\(8\)")):
+        quick(tmp_path / "x", "--data", pictures, *(str(vq) if f == "VQ" else f for f in flags))
+
+
+def test_a_prior_draws_with_the_codes_it_learned_only(prior, pictures, tmp_path):  # noqa: F811
+    other = quick(
+        tmp_path / "other",
+        "--data",
+        pictures,
+        *"--stride 8 --ch 8 --n_codes 32 --code_dim 8 --size 32 --seed 5".split(),
+    )
+    with pytest.raises(ValueError, match="the codes of .*other are not those of"):
+        Painter(prior, vq=other)
 
 
 def test_what_a_backbone_cannot_do_is_refused():
