@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
+from minit2i.backbones import shrink
 from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
 from minit2i.losses import LossConfig, Objective, parse_recon
 from minit2i.metrics import code_stats, psnr
@@ -92,13 +92,6 @@ def load_base(model, cfg):
     same = now == saved
     chosen = {k: v.to(own[k].dtype) for k, v in tensors.items() if k in own and (same or k.split(".")[0] in stays)}
     model.load_state_dict(own | chosen)
-
-
-def shrink(image, scale):
-    """image (B, 3, H, W) in [-1, 1] -> (B, 3, H/scale, W/scale), bicubic without aliasing."""
-    if scale == 1:
-        return image
-    return F.interpolate(image, scale_factor=1 / scale, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 @torch.no_grad()

@@ -374,6 +374,13 @@ def bicubic_kernel(s):
     return kernel.view(3 * s * s, 3, 5, 5)
 
 
+def shrink(image, scale):
+    """image (B, 3, H, W) in [-1, 1] -> (B, 3, H/scale, W/scale), bicubic without aliasing."""
+    if scale == 1:
+        return image
+    return F.interpolate(image, scale_factor=1 / scale, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 # --- all of them, and how far they look -------------------------------------------------------------------------------------
 
 BACKBONES = {

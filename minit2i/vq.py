@@ -4,9 +4,12 @@
 
 VQ-VAE, van den Oord et al., arXiv:1711.00937, with the moving-average codebook of its appendix A.1.
 
+    python -m minit2i.vq show --model out/vq --images path/to/pictures --out sheet.png
+
 Shapes: B batch, H W picture, h w code grid, N = B*h*w latents, C code dimension, V codebook size.
 """
 
+import argparse
 import math
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
@@ -410,3 +413,28 @@ class VQ(nn.Module):
     @property
     def dtype(self):
         return next(self.parameters()).dtype
+
+
+def main():
+    from minit2i.compare import show  # what draws knows what is drawn, not the other way round
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "show", help="a sheet: input, reconstruction, error, code map, use of the codebook"
+    )
+    command.add_argument("--model", required=True, help="checkpoint folder of a tokenizer")
+    command.add_argument("--images", required=True, help="a folder of pictures, tar shards, or 'scenes'")
+    command.add_argument("--out", default="sheet.png", help="[sheet.png]")
+    command.add_argument("--n", type=int, default=8, help="pictures shown [8]")
+    command.add_argument("--most", type=int, default=256, help="pictures whose codes are counted [256]")
+    command.add_argument("--size", default="", help="picture size, as in training [the tokenizer's]")
+    command.add_argument("--tile", type=int, default=0, help="codes a side done at a time, for large pictures [all]")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = parser.parse_args()
+    show(args.model, args.images, args.out, args.n, args.most, args.size, args.tile, args.device)
+
+
+if __name__ == "__main__":
+    from minit2i.train import run
+
+    run(main)

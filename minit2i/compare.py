@@ -1,0 +1,179 @@
+"""Look at tokenizers: one on a sheet of its pictures, many in a table with curves.
+
+    python -m minit2i.compare --out out/compare --data path/to/pictures --size 64 --stride 4 --steps 1000
+    python -m minit2i.compare --out out/backbones --vary backbone --values vqvae,vqgan,vit --data path/to/pictures
+
+trains every quantizer (or every value of another flag) on the same data, budget and backbone, as CogView's figure 2
+(arXiv:2105.13290), and writes table.md and curves.png.  All further flags are train_vq.py's (VQConfig, DataConfig, VQTrainConfig).
+Stopped, it goes on where it was; each run is an ordinary folder of train_vq.py.
+
+Shapes: B batch, H W picture, h w code grid, V codebook size.
+"""
+
+import argparse
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from minit2i.backbones import shrink
+from minit2i.data import DataConfig, Pictures, grid_image, open_source, parse_size
+from minit2i.metrics import code_stats, psnr
+from minit2i.sample import load_vq
+from minit2i.train import pick_device, read_config, read_log, run, save_image, write_file
+from minit2i.vq import QUANTIZERS
+
+COLORS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#444444")
+
+# --- one tokenizer -----------------------------------------------------------------------------------
+
+
+def code_colors(model):
+    """A colour for each code (V, 3) in [-1, 1], like ones for like codes: ranks along the three main directions."""
+    codes = model.quantizer.lookup(torch.arange(model.cfg.n_codes, device=model.quantizer.codebook.device)).float()
+    codes = codes - codes.mean(0)
+    _, _, directions = torch.linalg.svd(codes, full_matrices=False)
+    ranks = (codes @ directions[:3].t()).argsort(0).argsort(0)  # (V, up to 3)
+    ranks = torch.cat([ranks, ranks[:, :1].expand(-1, 3 - ranks.shape[1])], 1)
+    return ranks / max(1, model.cfg.n_codes - 1) * 2 - 1
+
+
+def bars(counts, width, height=90):
+    """How often each code was used (V,), the most used first, on a logarithmic scale."""
+    values = (counts.sort(descending=True).values + 1).log()
+    values = values / values.max().clamp_min(1e-9)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    for x in range(width):
+        value = float(values[x * len(values) // width])
+        draw.line([(x, height), (x, height - round(value * (height - 4)))], fill="#1d4ed8")
+    return image
+
+
+@torch.no_grad()
+def show(folder, images, out, n=8, most=256, size="", tile=0, device="auto"):
+    """The sheet of `python -m minit2i.vq show`, from a tokenizer's folder and a source of pictures."""
+    device = pick_device(device)
+    model = load_vq(folder, device)
+    size = [s * model.cfg.upscale for s in parse_size(size or read_config(folder)["data"]["size"])]
+    cfg = DataConfig(data=images, size=f"{size[0]}x{size[1]}", captions=False)
+    source = open_source(images, cfg)
+    pictures = Pictures(source, range(min(most, len(source))), cfg)
+    counts, values, rows = torch.zeros(model.cfg.n_codes), [], [[], [], [], []]
+    for i in range(len(pictures)):
+        image = pictures[i][0][None].to(device)
+        codes = model.encode(shrink(image, model.cfg.upscale), tile)
+        recon = model.decode(codes, tile)
+        counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
+        values.append(float(psnr(recon, image)))
+        if i < n:
+            colors = code_colors(model)[codes].permute(0, 3, 1, 2)  # (1, 3, h, w)
+            code_map = torch.nn.functional.interpolate(colors, image.shape[-2:])
+            error = ((recon - image).abs() * 2 - 1).clamp(-1, 1)  # white where it is half of the range or more
+            for row, part in zip(rows, (image, recon, error, code_map)):
+                row.append(part.cpu())
+    sheet = grid_image(torch.cat([part for row in rows for part in row]), len(rows[0]))
+    use, perplexity = code_stats(counts)
+    text = (
+        f"rows: input, reconstruction, error x2, codes (like codes, like colours)\n{len(values)} pictures, PSNR "
+        f"{statistics.mean(values):.2f} dB\n{use:.1%} of {model.cfg.n_codes} codes used, perplexity {perplexity:.0f}"
+    )
+    whole = Image.new("RGB", (max(sheet.width, 420), sheet.height + 150), "white")
+    whole.paste(sheet, (0, 0))
+    ImageDraw.Draw(whole).text((4, sheet.height + 4), text, fill="black")
+    whole.paste(bars(counts, whole.width), (0, sheet.height + 60))
+    save_image(out, whole, model=str(folder), text=text)
+    print(f"{out}: {text.split(chr(10), 1)[1]}".replace("\n", ", "))
+
+
+# --- many --------------------------------------------------------------------------------------------
+
+
+def smooth(points, width):
+    """Means of `width` neighbours: [(x, y)] -> [(x, y)]."""
+    parts = [points[i : i + width] for i in range(0, len(points), width)]
+    return [(part[-1][0], statistics.mean(y for _, y in part)) for part in parts]
+
+
+def plot(curves, title, width=560, height=340):
+    """{label: [(x, y)]} -> a PIL image with a legend; the first tenth of all points may leave it at the top."""
+    image = Image.new("RGB", (width, height), "white")
+    draw, x0, y0, x1, y1 = ImageDraw.Draw(image), 56, height - 28, width - 12, 24
+    ys = sorted(y for points in curves.values() for _, y in points)
+    last = max(x for points in curves.values() for x, _ in points)
+    low, top = ys[0], ys[int(0.95 * (len(ys) - 1))]
+
+    def at(x, y):
+        return x0 + (x1 - x0) * x / max(last, 1), y0 + (y1 - y0) * min(1.0, (y - low) / max(top - low, 1e-9))
+
+    draw.line([(x0, y1), (x0, y0), (x1, y0)], fill="#888888")
+    draw.text((x0, 4), title, fill="black")
+    for value in (low, (low + top) / 2, top):
+        draw.text((4, at(0, value)[1] - 6), f"{value:.4g}", fill="#444444")
+    draw.text((x1 - 40, y0 + 8), f"{last} steps", fill="#444444")
+    for k, (label, points) in enumerate(curves.items()):
+        color = COLORS[k % len(COLORS)]
+        draw.line([at(*p) for p in points], fill=color, width=2)
+        draw.text((x1 - 90, y1 + 14 * k), label, fill=color)
+    return image
+
+
+def row_of(name, records):
+    """One run's log -> its line of the table."""
+    training, last = [r for r in records if "recon" in r], [r for r in records if "val_psnr" in r][-1]
+    tail = training[-max(1, len(training) // 10) :]
+    return (
+        f"| {name} | {statistics.mean(r['recon'] for r in tail):.5f} | {last['val_psnr']:.2f} | {last.get('val_ssim', math.nan):.4f} | "
+        f"{last['code_use']:.1%} | {last['val_perplexity']:.0f} | {statistics.median(r['images_per_s'] for r in training):.0f} |"
+    )
+
+
+def report(out, vary, folders):
+    """table.md and curves.png of finished runs: {name: folder} -> the table."""
+    logs = {name: read_log(Path(folder, "log.jsonl")) for name, folder in folders.items()}
+    table = [
+        f"| {vary} | loss | PSNR, dB | SSIM | codes used | perplexity | images/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    table = "\n".join(table + [row_of(name, records) for name, records in logs.items()]) + "\n"
+    write_file(Path(out, "table.md"), table)
+    panels = []
+    for key, title, width in (("recon", "reconstruction loss, training", 5), ("val_psnr", "PSNR, validation, dB", 1)):
+        curves = {n: smooth([(r["step"], r[key]) for r in rs if key in r], width) for n, rs in logs.items()}
+        panels.append(plot(curves, title))
+    sheet = Image.new("RGB", (sum(im.width for im in panels), panels[0].height), "white")
+    for k, im in enumerate(panels):
+        sheet.paste(im, (k * im.width, 0))
+    save_image(Path(out, "curves.png"), sheet)
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", required=True, help="folder of all runs, the table and the curves")
+    parser.add_argument("--vary", default="quantizer", help="the flag of train_vq.py that differs [quantizer]")
+    parser.add_argument("--values", default=",".join(QUANTIZERS), help=f"its values [{','.join(QUANTIZERS)}]")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each value [1]")
+    args, rest = parser.parse_known_args()
+    script = Path(__file__).parent.parent / "train_vq.py"
+    if not script.exists():
+        raise ValueError(f"{script} is not there; run this in a checkout of the repository")
+    folders = {}
+    for seed in range(args.seeds):
+        for value in args.values.split(","):
+            name = value if args.seeds == 1 else f"{value}, seed {seed}"
+            folders[name] = Path(args.out, f"{value}-{seed}")
+            flags = [f"--{args.vary}", value, "--seed", str(seed), "--out", str(folders[name]), "--resume", *rest]
+            if subprocess.run([sys.executable, script, *flags]).returncode:
+                raise ValueError(f"the run {folders[name]} failed; what it said is above")
+    print(report(args.out, args.vary, folders))
+
+
+if __name__ == "__main__":
+    run(main)
