@@ -2,6 +2,10 @@
 
 python -m minit2i.metrics scenes --model out/prior
 python -m minit2i.metrics recall --model out/prior --prompts emoji/compose --among emoji/train
+python -m minit2i.metrics tokenizer --model out/vq --images path/to/pictures
+python -m minit2i.metrics fid --real path/to/pictures --fake out/pictures --features out/vq
+
+Shapes: B batch, H W picture, V codebook size.
 """
 
 import argparse
@@ -9,239 +13,21 @@ import json
 import re
 import sys
 from dataclasses import asdict, replace
-from functools import cache
-from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
 
-from minit2i.data import BadEntry, Folder, crop, to_pil
-from minit2i.sample import PRETRAINED, Painter, SampleConfig
-from minit2i.scenes import (
-    BACKGROUNDS,
-    CATEGORIES,
-    COLORS,
-    FILLS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Object,
-    Scene,
-    caption,
-    outline,
-    render,
-    scene_at,
-)
-from minit2i.train import add_flags, pick, pick_device, run, write_file
+from minit2i.data import BadEntry, DataConfig, Folder, crop, open_source, to_pil
+from minit2i.fid import batches, features, fid, frechet, moments, pick_features, picture_set
+from minit2i.oracle import check_scene, score_scenes
+from minit2i.sample import PRETRAINED, Painter, SampleConfig, file_hash, load_vq
+from minit2i.scenes import CATEGORIES, caption, render, scene_at
+from minit2i.train import add_flags, pick, pick_device, read_config, run, write_file
 
-# --- the scene oracle ---
-# Reads generated scenes back out of pixels and says whether a caption's claim holds, as GenEval
-# (arXiv:2310.11513) does with a detector.  Measured: of 2,000 true pictures each, these shares pass on
-# everything said.  64x64 clean, noise of 8/255, blur of 0.7 px, 128x128 and 96x64: 100 %; JPEG 75: 99.5 %;
-# edges wobbled by 0.7 px, colours shifted and specks added, as a poor tokenizer does: 98.7 %.
-# The constants below were tuned on these.
-
-FAR = 50  # RGB distance from the background that makes a pixel part of an object
-UNLIKE = 75  # RGB distance beyond which a colour is none of the palette; no two of those are nearer than 100
-SPECK = 0.005  # area over the short side squared below which a component is dirt; the smallest star has 0.019
-MOST = 8  # components that are looked at, the largest first
-FIT = 0.7  # correlation with the best template below which an object has no shape
-SKEW = 1.5  # ratio of width to height, after the shape's own, beyond which an object has no shape
-GRID = 24  # templates and objects are compared on a GRID x GRID raster of their bounding boxes
-BLURS = (0, 0.04, 0.08)  # of the templates, over their width: small objects and JPEG lose their edges
-
-# What each GenEval category looks at: object fields, whether the number is exact, whether the layout counts
-CHECKS = {
-    None: (("color", "shape", "size", "fill"), True, True),  # everything the caption says, background too
-    "single_object": (("shape", "size", "fill"), True, False),
-    "two_objects": (("shape",), False, False),
-    "counting": (("color", "shape"), True, False),
-    "colors": (("color", "shape"), False, False),
-    "position": (("color", "shape"), False, True),
-    "attribute_binding": (("color", "shape"), False, False),
-}
-
-
-@cache
-def _templates():
-    """Every shape and fill, sharp and blurred: names [(shape, fill)] and `_rasters` (K, GRID * GRID)."""
-    names, rasters = [], []
-    for shape, fill, blur in product(SHAPES, FILLS, BLURS):
-        picture = render(Scene((Object("red", shape, "large", fill, 0.5, 0.5, 0.35),), "black"), 128)
-        alpha = np.asarray(picture)[:, :, 0] / np.float32(COLORS["red"][0])
-        alpha = ndimage.gaussian_filter(alpha, blur * 0.7 * 128)
-        names.append((shape, fill))
-        rasters.append(_rasters(alpha, [64 + 0.35 * 128 * _reach(shape)]))
-    return names, np.concatenate(rasters)
-
-
-def _rasters(alpha, boxes):
-    """Coverage (h, w) inside each box and a tenth around it -> (n, GRID * GRID), mean 0, norm 1.
-
-    A box is ((left, top), (right, bottom)) in pixels.
-    """
-    pad = 2 + max(alpha.shape) // 4
-    padded = Image.fromarray(np.pad(alpha, pad).astype(np.float32))
-    rasters = []
-    for low, high in boxes:
-        rim = (high - low) / 10
-        edges = (*(low - rim + pad), *(high + rim + pad))
-        rasters.append(np.asarray(padded.resize((GRID, GRID), Image.BOX, edges)).ravel())
-    rasters = np.stack(rasters)
-    rasters -= rasters.mean(1, keepdims=True)
-    return rasters / np.linalg.norm(rasters, axis=1, keepdims=True)
-
-
-@cache
-def _reach(shape):
-    """The shape's bounding box for r = 1: ((left, top), (right, bottom))."""
-    return np.stack([outline(shape).min(0), outline(shape).max(0)])
-
-
-def _nearest(offset, palette, ground, faded=1.0):
-    """Name of the palette colour that `ground + offset` (3,) shows, or None when all are further than UNLIKE.
-
-    faded: the least share of the colour that thin lines may keep once they are blurred into the ground.
-    """
-
-    def miss(name):
-        full = np.array(palette[name]) - ground
-        share = np.clip(offset @ full / (full @ full + 1e-6), faded, 1)
-        return np.linalg.norm(offset - share * full)
-
-    name = min(palette, key=miss)
-    return name if miss(name) < UNLIKE else None
-
-
-def read_scene(image):
-    """The scene a picture shows.
-
-    image: PIL image or uint8 array (H, W, 3) -> Scene, objects from left to right.  A background, colour or
-    shape that is like none of the known ones is None.
-    """
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image).astype(np.float32)
-    height, width, _ = pixels.shape
-    short = min(height, width)
-    border = np.concatenate(
-        [
-            pixels[:2].reshape(-1, 3),
-            pixels[-2:].reshape(-1, 3),
-            pixels[:, :2].reshape(-1, 3),
-            pixels[:, -2:].reshape(-1, 3),
-        ]
-    )
-    ground = np.median(border, axis=0)  # (3,)
-    offset = pixels - ground
-    labels, _ = ndimage.label(np.linalg.norm(offset, axis=2) > FAR, np.ones((3, 3)))
-
-    objects = []
-    areas = np.bincount(labels.ravel())[1:]
-    boxes = ndimage.find_objects(labels)
-    for k in np.argsort(-areas)[:MOST] + 1:
-        if areas[k - 1] < SPECK * short**2:
-            break
-        box = boxes[k - 1]
-        inside = labels[box] == k
-        rows, cols = (slice(max(s.start - 1, 0), s.stop + 1) for s in box)  # one pixel of soft edge around
-        around, own = offset[rows, cols], np.isin(labels[rows, cols], (0, k))
-        distance = np.linalg.norm(offset[box][inside], axis=1)
-        core = np.median(offset[box][inside][distance >= 0.85 * np.quantile(distance, 0.95)], axis=0)  # (3,)
-        alpha = np.clip(around @ core / (core @ core + 1e-6), 0, 1) * own  # 0 is ground, 1 is core
-        shape, fill, (x, y), r = _fit(alpha)
-        size = min(SIZES, key=lambda s: abs(SIZES[s] - r / short))
-        x, y = (cols.start + x) / width, (rows.start + y) / height
-        objects.append(Object(_nearest(core, COLORS, ground, faded=0.6), shape, size, fill, x, y, r / short))
-    return Scene(tuple(sorted(objects, key=lambda o: o.x)), _nearest(np.zeros(3), BACKGROUNDS, ground))
-
-
-def _fit(alpha):
-    """Shape, fill, centre (x, y) and r in pixels of the template that correlates best with coverage (h, w).
-
-    Thin tips fade below one half and ragged edges reach too far, so each side of the bounding box is also
-    tried a pixel further out and a little further in.
-    """
-    names, templates = _templates()
-    solid = alpha > 0.5
-    if not solid.any():  # a component of opposite colours has no core
-        return None, None, np.array(alpha.shape[::-1]) / 2, max(alpha.shape) / 2
-    ys, xs = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
-    low, high = np.array([xs[0], ys[0]]), np.array([xs[-1] + 1, ys[-1] + 1])
-    steps = (-(high - low).min() / 18, 0, 1)
-    boxes = [np.array([low - (side, up), high + (side, down)]) for side, up, down in product(steps, repeat=3)]
-    scores = np.einsum("bg,kg->bk", _rasters(alpha, boxes), templates)  # BLAS threads would cost more here
-    box, best = np.unravel_index(scores.argmax(), scores.shape)
-    shape, fill = names[best]
-    low, high = boxes[box]
-    r = (high - low) / (_reach(shape)[1] - _reach(shape)[0])  # as its width and as its height say
-    if scores[box, best] < FIT or r.max() > SKEW * r.min():
-        shape = fill = None
-    return shape, fill, (low + high) / 2, r.mean()
-
-
-def place_of(o):
-    """The place word for an object's centre; "center" begins at 3/8, midway between the ranges drawn."""
-    row = "top" if o.y < 0.375 else "bottom" if o.y > 0.625 else ""
-    column = "left" if o.x < 0.375 else "right" if o.x > 0.625 else ""
-    return f"{row} {column}".strip() or "center"
-
-
-def holds(seen, claim, category=None):
-    """Whether a claim holds of the scene that was read.
-
-    Each claimed object needs a seen one of its own that agrees in every field that is said and looked at.
-      None               everything said: all fields, exact number, place or relation, background
-      single_object      exactly one object, of the right shape, size and fill
-      two_objects        both shapes are there, whatever else is
-      counting           exactly the claimed number of each colour and shape, and nothing else
-      colors             an object of that colour and shape is there
-      position           objects of the right colour and shape stand in the right place or relation
-      attribute_binding  every shape is there in its own colour
-    """
-    fields, exact, layout = CHECKS[category]
-    if exact and len(seen.objects) != len(claim.objects):
-        return False
-    if category is None and claim.background not in (None, seen.background):
-        return False
-    fits = [
-        [s for s in seen.objects if all(getattr(o, f) in (None, getattr(s, f)) for f in fields)] for o in claim.objects
-    ]
-    return any(len(set(match)) == len(match) and (not layout or _laid_out(match, claim)) for match in product(*fits))
-
-
-def _laid_out(match, claim):
-    """Whether matched objects (one for each claimed) stand where the claim says."""
-    if claim.place and place_of(match[0]) != claim.place:
-        return False
-    if claim.relation:
-        word, i, j = claim.relation
-        axis, sign = RELATIONS[word]
-        d = (match[j].x - match[i].x, match[j].y - match[i].y)
-        return d[axis] * sign > max(abs(d[1 - axis]), 0.1)
-    return True
-
-
-def check_scene(image, claim, category=None):
-    """Whether the picture shows what the caption claims; `holds` says what each category looks at."""
-    return holds(read_scene(image), claim, category)
-
-
-def score_scenes(results):
-    """Accuracy for each category present, and "overall", the mean over categories as in GenEval.
-
-    results: iterable of (category, bool).
-    """
-    results = list(results)
-    scores = {}
-    for category in CATEGORIES:
-        right = [ok for c, ok in results if c == category]
-        if right:
-            scores[category] = sum(right) / len(right)
-    return scores | {"overall": sum(scores.values()) / len(scores)}
-
-
-# --- tokenizers --------------------------------------------------------------------------------------
+# --- pictures against pictures -----------------------------------------------------------------------
 
 
 def psnr(a, b):
@@ -250,12 +36,60 @@ def psnr(a, b):
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
 
+def ssim(a, b):
+    """Structural similarity of each picture: a, b (B, 3, H, W) in [-1, 1] -> (B,).
+
+    Windows of 11x11 under a Gaussian of 1.5 pixels that lie wholly inside, each channel by itself.
+    Wang et al. 2004, "Image quality assessment", sec. III (there on gray pictures).  ValueError below 11 pixels.
+    """
+    if min(a.shape[-2:]) < 11:
+        raise ValueError(
+            f"SSIM looks at windows of 11x11 pixels; pictures of {a.shape[-2]}x{a.shape[-1]} are too small"
+        )
+    a, b = a.float(), b.float()
+    window = torch.exp(-((torch.arange(11, device=a.device) - 5.0) ** 2) / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(x):  # (B, 3, H, W) -> (B, 3, H-10, W-10)
+        x = F.conv2d(x, window.view(1, 1, 11, 1).expand(3, 1, 11, 1), groups=3)
+        return F.conv2d(x, window.view(1, 1, 1, 11).expand(3, 1, 1, 11), groups=3)
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, both = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # of the range, which is 2
+    value = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return value.flatten(1).mean(1)
+
+
 def code_stats(counts):
     """How often each code was used (V,) -> fraction of codes used at all, perplexity exp(entropy)."""
     counts = counts.cpu().double()
     share = counts / counts.sum().clamp_min(1)
     entropy = -(share * share.clamp_min(1e-12).log()).sum()
     return float((counts > 0).double().mean()), float(entropy.exp())
+
+
+# --- tokenizers --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def tokenizer_figures(vq, vq_hash, crops, extract, folder):
+    """PSNR, SSIM, use of codes and rFID of a tokenizer on a set of pictures (Crops) -> dict."""
+
+    def roundtrip(images):
+        return vq.decode(vq.encode(images.to(next(vq.parameters()).device))).cpu()
+
+    sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(vq.cfg.n_codes)
+    for images in batches(crops):
+        codes = vq.encode(images.to(next(vq.parameters()).device))
+        again = vq.decode(codes).cpu()
+        counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
+        sums += torch.tensor([psnr(again, images).sum(), ssim(again, images).sum(), len(images)])
+    rows = [features(extract, crops, folder), features(extract, crops, folder, roundtrip, vq_hash)]
+    use, perplexity = code_stats(counts)
+    figures = {"psnr": float(sums[0] / sums[2]), "ssim": float(sums[1] / sums[2]), "code_use": use}
+    figures |= {"perplexity": perplexity, "rFID": frechet(*moments(rows[0]), *moments(rows[1])), "n": int(sums[2])}
+    return figures | {"features": extract.name}
 
 
 # --- a prior on generated scenes ---------------------------------------------------------------------
@@ -350,7 +184,19 @@ def recall(painter, cfg, prompts, among=(), ignore=r" with .*skin tone$"):
     ]
 
 
-def main():
+# --- the commands ------------------------------------------------------------------------------------
+
+
+def drawn_by(source):
+    """Model hash and settings that sample.py wrote into the first picture of a folder; {} if it did not."""
+    try:
+        with Image.open(source.paths[0]) as im:
+            return {k: im.info[k] for k in ("model", "settings") if k in im.info}
+    except (AttributeError, OSError):  # shards, scenes
+        return {}
+
+
+def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -369,10 +215,32 @@ def main():
         command.add_argument(
             "--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]"
         )
+        add_flags(command, SampleConfig)
+    tokenizer = commands.add_parser("tokenizer", help="PSNR, SSIM, code use and rFID of a tokenizer")
+    tokenizer.add_argument("--model", required=True, help="checkpoint folder of a tokenizer")
+    tokenizer.add_argument("--images", required=True, help="pictures: a folder, tar shards, or 'scenes'")
+    sets = commands.add_parser("fid", help="FID of two sets of pictures over blur radii, and IS of the second")
+    sets.add_argument("--real", required=True, help="pictures: a folder, tar shards, or 'scenes'")
+    sets.add_argument("--fake", required=True, help="pictures to judge, as sample.py writes them into a folder")
+    sets.add_argument("--radii", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="blurs in pixels [0 1 2 4 8]")
+    for command in (tokenizer, sets):
+        command.add_argument(
+            "--features", default="inception", help="'inception', a file of its weights, or a tokenizer's folder"
+        )
+        command.add_argument(
+            "--size", default="", help="crop to 64 or HEIGHTxWIDTH [the tokenizer's, the first fake's]"
+        )
+        command.add_argument("--n", type=int, default=0, help="look at the first n pictures; 0: all [0]")
+        command.add_argument("--cache", default="out/cache", help="where features are kept [out/cache]")
+        command.add_argument("--workers", type=int, default=2, help="loader processes [2]")
+    for command in commands.choices.values():
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
         command.add_argument("--out", help="write the figures, settings and model hash to this JSON file")
-        add_flags(command, SampleConfig)
-    args = parser.parse_args()
+    return parser
+
+
+def measure_prior(args):
+    """scenes, recall -> the record to write."""
     painter, cfg = Painter(args.model, pick_device(args.device)), replace(pick(SampleConfig, args), n=1)
     if args.command == "scenes":
         figures = scene_accuracy(painter, cfg, args.prompts_per_category)
@@ -387,9 +255,37 @@ def main():
                 **figures
             )
         )
+    return {"figures": figures, "settings": asdict(cfg), "model": painter.hash}
+
+
+def measure_pictures(args):
+    """tokenizer, fid -> the record to write."""
+    extract = pick_features(args.features, pick_device(args.device))
+    settings = {k: getattr(args, k) for k in ("features", "size", "n")}
+    if args.command == "tokenizer":
+        settings["size"] = args.size or read_config(args.model)["data"]["size"]
+        crops = picture_set(args.images, settings["size"], args.n, args.workers)
+        vq, model = load_vq(args.model, extract.device), file_hash(Path(args.model, "model.safetensors"))
+        figures = tokenizer_figures(vq, model, crops, extract, args.cache)
+        record = {"settings": settings | {"images": args.images}, "model": model}
+    else:
+        source = open_source(args.fake, DataConfig(size=args.size or "64"))
+        settings["size"] = args.size or "{1}x{0}".format(*source.picture(0).size)
+        real, fake = (picture_set(s, settings["size"], args.n, args.workers) for s in (args.real, args.fake))
+        figures = fid(extract, real, fake, args.cache, args.radii)
+        record = {"settings": settings | {"real": args.real, "fake": args.fake}, "drawn_by": drawn_by(source)}
+        if min(figures["n_real"], figures["n_fake"]) <= extract.width:
+            print(f"note: with no more pictures than the {extract.width} features FID comes out too high")
+    for name, value in figures.items():
+        print(f"{name:12} {value:.4g}" if isinstance(value, float) else f"{name:12} {value}")
+    return {"figures": figures, "features_hash": extract.hash} | record
+
+
+def main():
+    args = make_parser().parse_args()
+    record = (measure_prior if args.command in ("scenes", "recall") else measure_pictures)(args)
     if args.out:
-        record = {"figures": figures, "settings": asdict(cfg), "model": painter.hash, "command": " ".join(sys.argv)}
-        write_file(args.out, json.dumps(record, indent=1) + "\n")
+        write_file(args.out, json.dumps(record | {"command": " ".join(sys.argv)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

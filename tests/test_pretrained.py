@@ -6,9 +6,11 @@ import numpy as np
 from PIL import Image
 
 import sample
-from minit2i.metrics import CATEGORIES, check_scene, scene_prompts
+from minit2i.metrics import scene_prompts
+from minit2i.oracle import check_scene
 from minit2i.data import to_pil
 from minit2i.sample import PRETRAINED, Painter, SampleConfig
+from minit2i.scenes import CATEGORIES
 from test_train import call
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minit2i.metrics import check_scene, read_scene, score_scenes
+from minit2i.oracle import check_scene, read_scene, score_scenes
 from minit2i.scenes import (
     BACKGROUNDS,
     CATEGORIES,
