@@ -53,7 +53,7 @@ class SampleConfig:
 
 def temperature(logits, t):
     """Divide by the temperature; at 0 only the likeliest code stays."""
-    return top_k(logits, 1) if t == 0 else logits / t
+    return top_k(logits, 1) if t == 0 else logits if t == 1 else logits / t
 
 
 def top_k(logits, k):
@@ -69,8 +69,9 @@ def top_p(logits, p):
     if p >= 1:
         return logits
     ordered, index = logits.sort(descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # what the likelier ones hold already
-    return logits.masked_fill((before >= p).scatter(-1, index, before >= p), -torch.inf)
+    held = ordered.softmax(-1)
+    out = held.cumsum(-1) - held >= p  # the likelier ones hold p already
+    return logits.masked_fill(out.scatter(-1, index, out), -torch.inf)
 
 
 FILTERS = (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))

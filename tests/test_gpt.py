@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minit2i.gpt import GPT, Cache, GPTConfig, attend
+from minit2i.gpt import GPT, Cache, GPTConfig, RMSNorm, attend
 from minit2i.masks import MASKS, Layout, layer_masks, picture
 
 TINY = GPTConfig(  # GPT-2's choices; VARIANTS has the others
@@ -206,6 +206,23 @@ def test_cpu_training_attention_equals_the_fused_one(dtype):
         expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **args)
         ours = attend(q.clone().requires_grad_(), k, v, **how)
         assert torch.allclose(ours.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2), how
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1.0), (torch.float32, 1e-3), (torch.bfloat16, 1.0)])
+def test_rms_norm_is_the_same_when_decoding(dtype, scale):
+    norm = RMSNorm(24, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 3, 24) * scale
+    x[0] = 0
+    x = x.to(dtype)
+    y = x.float()
+    expected = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    with torch.no_grad():
+        decoding = norm(x)
+    for got in (norm(x), decoding):
+        assert got.dtype == dtype and torch.allclose(
+            got.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5
+        )
 
 
 def test_loss_equals_one_by_hand_and_pads_are_no_targets():
