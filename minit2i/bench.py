@@ -1,6 +1,7 @@
 """How fast this machine trains and samples, beside a bare matrix product measured in the same run.
 
     python -m minit2i.bench
+    python -m minit2i.bench --masks --text_len 64 --grid 32 --batch 4     # every mask beside full
 
 Every figure is the median of several rounds in which all take turns, so that a change of the machine's
 speed touches all alike.  FLOPs are those of the matrix products of the model as it is: 2 a weight and
@@ -10,10 +11,13 @@ position forward, twice that backward, attention counted over the causal half on
 import argparse
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 
-from minit2i.gpt import GPT, GPTConfig
+from minit2i.attention import Layout, attend
+from minit2i.gpt import GPT, Cache, GPTConfig
+from minit2i.masks import MASKS
 from minit2i.sample import SampleConfig, generate
 from minit2i.train import autocast, pick_precision, run
 from minit2i.vq import VQ, VQConfig
@@ -28,6 +32,17 @@ def seconds(f, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def medians(work, device, rounds):
+    """Seconds of each piece of work {name: function}, the median of rounds in which all take turns."""
+    times = {name: [] for name in work}
+    for k in range(rounds + 2):
+        for name, f in work.items():
+            t = seconds(f, device)
+            if k >= 2:  # the first two rounds warm up
+                times[name].append(t)
+    return {name: statistics.median(v) for name, v in times.items()}
 
 
 def training_flops(cfg, batch):
@@ -58,6 +73,36 @@ def prior_step(model, batch, device, precision, compiled):
     return step
 
 
+def mask_table(cfg, batch, device, precision, rounds, compiled):
+    """Each mask beside full: one layer's attention forward and backward, a training step, a code drawn by the cache."""
+    work, text = {}, torch.randint(0, cfg.n_vocab, (2, cfg.text_len), device=device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    shape = (batch, cfg.n_head, cfg.length, cfg.n_embd // cfg.n_head)
+    names = [name for name in MASKS if not Layout(name, cfg).image_ahead] + ["dalle"]
+    for name in names:
+        model = GPT(replace(cfg, mask=name)).to(device)
+        drawing = GPT(model.cfg).to(device, dtype if device.type != "cpu" else torch.float32).requires_grad_(False)
+        cache = Cache(drawing, 2, cfg.length)
+        qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+        if name != "dalle":
+            layout = model.layouts[name]
+            work[name, "attention"] = lambda qkv=qkv, layout=layout: attend(*qkv, layout).sum().backward()
+        work[name, "training"] = prior_step(model, batch, device, precision, compiled)
+
+        @torch.inference_mode()
+        def draw(model=drawing, cache=cache):
+            for i in range(cfg.text_len, cfg.length, cfg.n_image // 32):
+                model.image_head(model.trunk(text[:, :1], i, cache))
+
+        work[name, "drawing"] = draw
+    t = medians(work, device, rounds)
+    print(f"{'mask':8}" + "".join(f"{kind:>22}" for kind in ("attention", "training", "drawing")))
+    for name in names:
+        cells = [(t.get((name, kind)), t["full", kind]) for kind in ("attention", "training", "drawing")]
+        cells = ["" if x is None else f"{1000 * x:.1f} ms, {full / x:.2f} x" for x, full in cells]
+        print(f"{name:8}" + "".join(f"{cell:>22}" for cell in cells))
+
+
 def vq_step(model, images, device, precision):
     """A step as train_vq.py does it."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -79,9 +124,20 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="pictures of a training step [16]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the prior for training")
+    parser.add_argument("--masks", action="store_true", help="compare the attention masks instead")
+    parser.add_argument("--text_len", type=int, default=32, help="text positions of --masks [32]")
+    parser.add_argument("--grid", type=int, default=16, help="rows and columns of codes of --masks [16]")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16")
     args = parser.parse_args()
     device = torch.device(args.device)
-    precision = pick_precision("auto", device)
+    precision = pick_precision(args.precision, device)
+    if args.masks:
+        cfg = replace(PRIOR, text_len=args.text_len, grid_h=args.grid, grid_w=args.grid)
+        print(
+            f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}, batch {args.batch};"
+        )
+        print(f"prior {cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.text_len}+{cfg.n_image} positions")
+        return mask_table(cfg, args.batch, device, precision, args.rounds, args.compile)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -98,13 +154,7 @@ def main():
         "train tokenizer": vq_step(vq, images, device, precision),
         "encode": lambda: vq.encode(images),
     }
-    times = {name: [] for name in work}
-    for k in range(args.rounds + 2):
-        for name, f in work.items():
-            t = seconds(f, device)
-            if k >= 2:  # the first two rounds warm up
-                times[name].append(t)
-    t = {name: statistics.median(v) for name, v in times.items()}
+    t = medians(work, device, args.rounds)
     peak, flops = 2 * n**3 / t["matrix product"], training_flops(PRIOR, args.batch)
     print(
         f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}; "

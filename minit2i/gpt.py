@@ -18,7 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minit2i.masks import Layout, layer_masks
+from minit2i.attention import Layout, attend
+from minit2i.masks import layer_masks
 
 
 @dataclass(frozen=True)
@@ -103,28 +104,6 @@ def make_norm(cfg, width):
     return nn.LayerNorm(width) if cfg.norm == "layernorm" else RMSNorm(width, eps=1e-6)
 
 
-def attend(q, k, v, mask=None, causal=False):
-    """softmax(q k^T / sqrt K + mask) v: q (B, H, S, K), k and v (B, H, M, K), mask (S, M) bool -> (B, H, S, K).
-
-    Training on a CPU, up to 512 keys, uses products with a softmax in between: the fused kernel's backward
-    is slow there.  If causal, 64 queries at a time read only the keys up to the last of them.
-    """
-    n = q.shape[2]
-    if q.device.type != "cpu" or not q.requires_grad or k.shape[2] > 512:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    if causal:
-        mask = torch.ones(n, n, dtype=torch.bool).tril()
-    q, out = q * q.shape[-1] ** -0.5, []
-    for i in range(0, n, 64 if causal else n):
-        j = min(i + 64, n) if causal else k.shape[2]  # keys read
-        score = q[:, :, i : i + 64 if causal else n] @ k[:, :, :j].transpose(-1, -2)  # (B, H, <=64, j)
-        if mask is not None:
-            seen = mask[i : i + score.shape[2], :j]
-            score = score + torch.zeros(seen.shape, dtype=score.dtype).masked_fill_(~seen, -math.inf)
-        out.append(score.softmax(-1) @ v[:, :, :j])
-    return torch.cat(out, 2)
-
-
 class Linear(nn.Linear):
     """nn.Linear without bias."""
 
@@ -154,12 +133,7 @@ class Attention(nn.Module):
         if kv is not None:
             kv[0][:, :, start : start + s], kv[1][:, :, start : start + s] = k, v
             k, v = kv[0][:, :, : start + s], kv[1][:, :, : start + s]
-        if layout.causal and start == 0:
-            y = attend(q, k, v, causal=True)
-        elif layout.causal and s == 1:
-            y = attend(q, k, v)
-        else:
-            y = attend(q, k, v, layout.dense[start : start + s, : start + s])
+        y = attend(q, k, v, layout, start)
         return self.out(y.transpose(1, 2).reshape(b, s, d))
 
 

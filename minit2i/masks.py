@@ -82,21 +82,6 @@ def layer_masks(cfg):
     return layers[:-1] + ["conv"] if cfg.mask == "dalle" else layers
 
 
-class Layout(torch.nn.Module):
-    """A mask over the whole sequence, as attention uses it."""
-
-    def __init__(self, name, cfg):
-        super().__init__()
-        at, t = torch.arange(cfg.length, device="cpu"), cfg.text_len
-        dense = MASKS[name](at[:, None], at[None], cfg)  # (L, L)
-        ahead = dense & (at > at[:, None])
-        self.name = name
-        self.causal = dense.equal(at <= at[:, None])
-        self.text_ahead = bool(ahead[:t].any())  # some text is seen by the position that has to predict it
-        self.image_ahead = bool(ahead[:, t:].any())  # the same of codes
-        self.register_buffer("dense", dense, persistent=False)
-
-
 # --- the picture -----------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
-from minit2i.gpt import GPT, Cache, GPTConfig, RMSNorm, attend
-from minit2i.masks import MASKS, Layout, layer_masks, picture
+from minit2i.attention import Layout, attend, dense, flex, grouped
+from minit2i.gpt import GPT, Cache, GPTConfig, RMSNorm
+from minit2i.masks import MASKS, layer_masks, picture
 
 TINY = GPTConfig(  # GPT-2's choices; VARIANTS has the others
     pos="learned",
@@ -204,7 +206,7 @@ def test_cpu_training_attention_equals_the_fused_one(dtype):
     for how in ({"causal": True}, {"mask": mask}, {}):
         args = dict(attn_mask=how.get("mask"), is_causal=how.get("causal", False))
         expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **args)
-        ours = attend(q.clone().requires_grad_(), k, v, **how)
+        ours = dense(q.clone().requires_grad_(), k, v, **how)
         assert torch.allclose(ours.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2), how
 
 
@@ -223,6 +225,36 @@ def test_rms_norm_is_the_same_when_decoding(dtype, scale):
         assert got.dtype == dtype and torch.allclose(
             got.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5
         )
+
+
+@pytest.mark.parametrize("grid", [(7, 4), (3, 40)], ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_every_way_of_attention_gives_what_the_dense_mask_gives(name, grid, monkeypatch):
+    """Forward and backward; FlexAttention forward only, not compiled, which is what a CPU can."""
+    layout = Layout(name, replace(TINY, grid_h=grid[0], grid_w=grid[1], window=3))
+    qkv = [torch.randn(2, 2, layout.cfg.length, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    score = (qkv[0] @ qkv[1].mT / 4).masked_fill(~layout.dense, -math.inf)
+    expected = score.softmax(-1) @ qkv[2]
+    weight = torch.randn_like(expected)
+    grads = torch.autograd.grad((expected * weight).sum(), qkv)
+    for way in (attend, grouped):
+        y = way(*qkv, layout)
+        assert torch.allclose(y, expected) and all(
+            torch.allclose(a, b) for a, b in zip(torch.autograd.grad((y * weight).sum(), qkv), grads)
+        )
+    monkeypatch.setattr("minit2i.attention.compiled_flex", lambda: flex_attention)
+    with torch.no_grad():
+        assert torch.allclose(flex(*(x.float() for x in qkv), layout), expected.float(), atol=1e-5)
+
+
+def test_sparse_masks_compute_less():
+    """DALL-E's sizes but for the text: 64+1,024 positions."""
+    cfg = replace(TINY, text_len=64, grid_h=32, grid_w=32)
+    for name, most in (("row", 0.13), ("column", 0.1), ("conv", 0.26), ("window", 0.4)):
+        layout = Layout(name, cfg)
+        assert layout.saves and layout.visible.numel() < most * cfg.length**2, layout.visible.numel() / cfg.length**2
+        assert len(layout.keys_of(cfg.length - 1)) == layout.dense[-1].sum() < cfg.length / 4
+        assert layout.by_columns == (name == "column")
 
 
 def test_loss_equals_one_by_hand_and_pads_are_no_targets():
