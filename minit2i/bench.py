@@ -47,7 +47,7 @@ def medians(work, device, rounds):
 
 def training_flops(cfg, batch):
     """FLOPs of one training step of the prior."""
-    s = cfg.length - 1
+    s = cfg.length
     model = GPT(cfg)
     blocks = sum(w.numel() for w in model.blocks.parameters() if w.dim() == 2)
     heads = (cfg.text_len - 1) * cfg.n_embd * cfg.n_vocab + cfg.n_image * cfg.n_embd * cfg.n_codes
