@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minit2i.backbones import shrink
 from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
 from minit2i.losses import LossConfig, Objective, parse_recon
-from minit2i.metrics import code_stats, psnr
+from minit2i.metrics import code_stats, psnr, ssim
 from minit2i.train import (
     EMA,
     Log,
@@ -96,8 +96,9 @@ def load_base(model, cfg):
 
 @torch.no_grad()
 def evaluate(model, pictures, n, batch, p, precision):
-    """First n validation pictures -> PSNR in dB, code counts (V,), skipped, and a few (input, reconstruction)."""
-    total, counts, skipped, shown = [0.0, 0], torch.zeros(model.cfg.n_codes), [], None
+    """First n validation pictures -> {name: measure} for the log, skipped, and a few (input, reconstruction)."""
+    measures = {"val_psnr": psnr} | ({"val_ssim": ssim} if min(pictures.size) >= 11 else {})  # windows of 11x11
+    totals, counts, skipped, shown = dict.fromkeys(measures, 0.0), torch.zeros(model.cfg.n_codes), [], None
     mine = list(range(min(n, len(pictures))))[p.rank :: p.world]
     for first in range(0, len(mine), batch):
         images, _, skips = collate([pictures[i] for i in mine[first : first + batch]])
@@ -106,12 +107,15 @@ def evaluate(model, pictures, n, batch, p, precision):
         with autocast(p.device, precision):
             codes = model.encode(shrink(images, model.cfg.upscale))
             recon = model.decode(codes)
-        total = [total[0] + float(psnr(recon, images).sum()), total[1] + len(images)]
+        for name, f in measures.items():
+            totals[name] += float(f(recon, images).sum())
         counts += torch.bincount(codes.flatten(), minlength=model.cfg.n_codes).cpu()
         if shown is None:
             shown = images[:12].cpu(), recon[:12].cpu()
-    sums = p.sum([*total, *counts.tolist()])
-    return sums[0] / sums[1], torch.tensor(sums[2:]), skipped, shown
+    n, *sums = p.sum([len(mine), *totals.values(), *counts.tolist()])
+    use, perplexity = code_stats(torch.tensor(sums[len(totals) :]))
+    values = {name: total / n for name, total in zip(totals, sums)}
+    return values | {"code_use": use, "val_perplexity": perplexity}, skipped, shown
 
 
 def main():
@@ -181,11 +185,13 @@ def main():
         stopping = stop.asked(step)
         if (step % cfg.eval_every == 0 and step > start) or last:
             with ema.applied(model):
-                value, counts, skips, shown = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
+                values, skips, shown = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
             skipped.add([s for part in p.gather(skips) for s in part])
-            use, perplexity = code_stats(counts)
-            log.write(step=step, val_psnr=value, code_use=use, val_perplexity=perplexity)
-            p.say(f"\nstep {step}: val PSNR {value:.2f} dB, {use:.1%} of the codes used, perplexity {perplexity:.0f}")
+            log.write(step=step, **values)
+            p.say(
+                f"\nstep {step}: val PSNR {values['val_psnr']:.2f} dB, {values['code_use']:.1%} of the codes used, "
+                f"perplexity {values['val_perplexity']:.0f}"
+            )
             if p.main:
                 save_image(
                     Path(cfg.out, f"reconstructions-{step:06d}.png"), grid_image(torch.cat(shown), len(shown[0]))
