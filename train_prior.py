@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.gpt import GPT, GPTConfig
+from minit2i.parallel import gather, parallelize, sync_gradients, unsharded
 from minit2i.sample import SampleConfig, file_hash, generate, load_vq
 from minit2i.tokens import CodeCache, Coded, Crops, Text
 from minit2i.train import (
@@ -55,6 +56,11 @@ class PriorTrainConfig(TrainConfig):
     cond_drop: Annotated[float, "probability to drop the caption, for guidance"] = 0.1
     text_weight: Annotated[float, "weight of the text tokens' mean loss"] = 1 / 8
     image_weight: Annotated[float, "weight of the image tokens' mean loss"] = 7 / 8
+    strategy: Annotated[str, "several processes: replicas of the model, or parts of it (FSDP2)", ("ddp", "fsdp")] = (
+        "ddp"
+    )
+    powersgd: Annotated[int, "rank to which PowerSGD compresses the gradients that replicas exchange; 0: off"] = 0
+    checkpoint_activations: Annotated[bool, "less memory: blocks compute again in the backward pass"] = False
     steps: Annotated[int, "optimizer steps"] = 10000
     lr: Annotated[float, "peak learning rate"] = 1e-3
     weight_decay: Annotated[float, "AdamW weight decay, on matrices only"] = 0.045
@@ -99,10 +105,13 @@ def evaluate(model, coded, n, batch, p, precision):
     """First n validation pictures -> text and image loss per token, in nats."""
     sums = [0.0, 0, 0.0, 0]
     mine = list(range(min(n, len(coded))))[p.rank :: p.world]
-    for first in range(0, len(mine), batch):
-        text, codes, _ = collate([coded[i] for i in mine[first : first + batch]])
+    for first in range(0, -(-min(n, len(coded)) // p.world), batch):
+        some = mine[first : first + batch]
+        text, codes, _ = collate([coded[i] for i in some or [0]])  # a sharded model needs all processes in every pass
         with autocast(p.device, precision):
             text_loss, image_loss = model(text.to(p.device), codes.to(p.device))
+        if not some:
+            continue
         sums = [a + float(b) for a, b in zip(sums, (text_loss, model.n_text_targets(text), image_loss, codes.numel()))]
     sums = p.sum(sums)
     return sums[0] / max(1, sums[1]), sums[2] / sums[3]
@@ -164,23 +173,21 @@ def main():
     model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
     if resumed and model_cfg != pick(GPTConfig, read_config(out)["model"]):
         raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
-    model = GPT(model_cfg).to(p.device)
+    model = GPT(model_cfg)
     model.check_causal()
     if model.text_ahead and cfg.text_weight:
         raise ValueError(f"mask {model_cfg.mask} shows text what it should predict: it needs --text_weight 0")
     if init:
         load_model(init, model).train()
-    optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
+    n_params = sum(w.numel() for w in model.parameters())
     scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
+    forward = parallelize(model, p, cfg, precision, scaler)
+    optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
     start, cut, earlier_cut = 0, 0, 0  # captions cut by this process, and before resuming
     if resumed:
         meta = load_state(out, model, ema, optimizer, scaler)
         start, earlier_cut = meta["step"], meta["n_cut"]
-    forward = torch.nn.parallel.DistributedDataParallel(model) if p.world > 1 else model
-    if cfg.compile:
-        forward = torch.compile(forward)
     config = {"kind": "prior", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
-    n_params = sum(w.numel() for w in model.parameters())
     p.say(
         f"{len(train_set)} training and {len(val_set)} validation pictures; {text.n_vocab} text tokens; "
         f"{model_cfg.text_len}+{model_cfg.n_image} positions; {n_params / 1e6:.2f} M parameters; {precision} on "
@@ -199,8 +206,9 @@ def main():
         if (step % cfg.eval_every == 0 and step > start) or last:
             with ema.applied(model):
                 val_text, val_image = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
+                painter = unsharded(model, p)
                 if p.main:
-                    sheet = draw_samples(model, vq, text, prompts, cfg, p.device)
+                    sheet = draw_samples(painter, vq, text, prompts, cfg, p.device)
                     save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(prompts))
             log.write(step=step, val_text_loss=val_text, val_image_loss=val_image)
             p.say(f"\nstep {step}: val loss text {val_text:.3f}, image {val_image:.3f} nats a token")
@@ -209,9 +217,10 @@ def main():
             log.rate(0)
         if step != saved and (last or stopping or (step % cfg.save_every == 0 and step > start)):
             all_cut = earlier_cut + int(p.sum([cut])[0])
+            tensors = gather(ema.state_dict(model), p)
             if p.main:
-                save_model(out, ema.state_dict(model), config | {"step": step})
-                save_state(out, step, model, ema, optimizer, scaler, n_cut=all_cut)
+                save_model(out, tensors, config | {"step": step})
+            save_state(out, step, model, ema, optimizer, scaler, n_cut=all_cut)
             p.barrier()
         if last or stopping:
             break
@@ -223,11 +232,11 @@ def main():
         sums = torch.zeros(2, device=p.device)
         for k, (ids, codes, n_cut) in enumerate(parts):
             cut += n_cut
-            forward.require_backward_grad_sync = k == cfg.accum - 1
+            sync_gradients(forward, k == cfg.accum - 1)
             with autocast(p.device, precision):
                 text_loss, image_loss = forward(ids.to(p.device), codes.to(p.device))
             loss = cfg.text_weight * text_loss / n_text + cfg.image_weight * image_loss / n_image
-            scaler.scale(loss * p.world).backward()  # x world: DDP takes the mean, and these are parts of a sum
+            scaler.scale(loss * p.world).backward()  # x world: it takes the mean, and these are parts of a sum
             sums += torch.stack([text_loss.detach() / n_text, image_loss.detach() / n_image])
         norm = optimizer_step(model, optimizer, scaler, cfg, step)
         ema.update(model, step)

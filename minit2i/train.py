@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +27,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
+
+from minit2i.parallel import is_sharded, load_shards, save_shards
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,7 @@ def optimizer_step(model, optimizer, scaler, cfg, step):
         group["lr"] = lr_at(step, cfg)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or float("inf"))
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all the parts of a sharded model
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -341,11 +345,12 @@ def save_tensors(path, tensors, **meta):
     write_file(path, tensors_to_bytes(tensors, metadata={k: json.dumps(v) for k, v in meta.items()}))
 
 
-def load_tensors(path):
-    """-> (dict of tensors, meta).  ValueError if the file is missing or damaged."""
+def load_tensors(path, tensors=True):
+    """-> (dict of tensors, or {} if only meta is wanted, meta).  ValueError if the file is missing or damaged."""
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+            meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+            return {k: f.get_tensor(k) for k in (f.keys() if tensors else ())}, meta
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} cannot be read as safetensors: {e}") from e
 
@@ -384,7 +389,7 @@ def load_model(folder, model):
 
 
 def save_state(folder, step, model, ema, optimizer, scaler, also=None, **meta):
-    """All that resuming needs, in one file.
+    """All that resuming needs.  Every process calls it if the model is sharded, else the first will do.
 
     also: name -> (module, optimizer, scaler) of what is trained beside the model (a discriminator).
     """
@@ -394,7 +399,7 @@ def save_state(folder, step, model, ema, optimizer, scaler, also=None, **meta):
         tensors |= state_tensors(module, own, f"{name}.")
     scalers = {name: own.state_dict() for name, (_, _, own) in also.items()}
     meta |= dict(step=step, scaler=scaler.state_dict(), scalers=scalers)
-    save_tensors(Path(folder, "state", "resume.safetensors"), tensors, **meta)
+    write_state(Path(folder, "state"), tensors, meta)
 
 
 def state_tensors(model, optimizer, prefix=""):
@@ -406,9 +411,41 @@ def state_tensors(model, optimizer, prefix=""):
     return tensors
 
 
+def write_state(folder, tensors, meta):
+    """state/: one file; if something is sharded, the tensors in a folder beside it, which the file names.
+
+    The file comes last and appears at once: until then the state is the one before.
+    """
+    main = not (dist.is_initialized() and dist.get_rank())
+    if is_sharded(tensors):
+        shards = f"step-{meta['step']:06d}"
+        if main:
+            shutil.rmtree(folder / shards, ignore_errors=True)  # of a run that was killed here
+        dist.barrier()
+        save_shards(folder / shards, tensors)
+        tensors, meta = {}, meta | {"shards": shards, "files": len(os.listdir(folder / shards))}
+    if main:
+        save_tensors(folder / "resume.safetensors", tensors, **meta)
+        for old in folder.glob("step-*"):
+            if old.name != meta.get("shards"):
+                shutil.rmtree(old)
+
+
+def read_state(folder, model):
+    """What write_state wrote, sharded as the model is now -> tensors, meta."""
+    _, meta = load_tensors(folder / "resume.safetensors", tensors=False)
+    sharded = {k: v for k, v in model.state_dict().items() if is_sharded({k: v})}
+    if not sharded and "shards" not in meta:
+        return load_tensors(folder / "resume.safetensors")
+    folder, files = folder / meta.get("shards", ""), meta.get("files", 1)
+    if len(list(folder.glob("*.safetensors"))) != files:
+        raise ValueError(f"{folder} is damaged: it should hold {files} safetensors files")
+    return load_shards(folder, sharded), meta
+
+
 def load_state(folder, model, ema, optimizer, scaler, also=None):
     """The inverse of save_state, in place -> its meta (step and what the script added)."""
-    tensors, meta = load_tensors(Path(folder, "state", "resume.safetensors"))
+    tensors, meta = read_state(Path(folder, "state"), model)
     parts = {"": (model, optimizer, scaler)}
     parts |= {f"{name}.": part for name, part in (also or {}).items() if name in meta.get("scalers", {})}  # else new
     for prefix, (module, own, own_scaler) in parts.items():

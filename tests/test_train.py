@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import fork
 from safetensors.torch import load_file
 
 import sample
@@ -382,43 +383,39 @@ def test_sigterm_saves_before_leaving(pictures, tmp_path):
     assert meta["step"] == step == losses(tmp_path / "run")[-1][0]
 
 
-@pytest.mark.parametrize("which", ["vq", "prior"])
-def test_two_processes_equal_one(which, vq, prior, pictures, tmp_path):
-    """DDP, summed code statistics, per-kind means over the whole batch; and accumulation on top."""
-    script, whole = (train_vq, vq) if which == "vq" else (train_prior, prior)
-    flags = (
-        VQ_FLAGS if which == "vq" else [*PRIOR_FLAGS, "--vq", vq, "--cache", prior.parent / "cache2", "--dropout", "0"]
-    )
-    if which == "prior":  # dropout draws differ between processes
-        call(train_prior, "--data", pictures, "--out", tmp_path / "one", "--steps", 8, *flags)
-        whole = tmp_path / "one"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            ROOT / f"{script.__name__}.py",
-            "--data",
-            pictures,
-            "--out",
-            tmp_path / "two",
-            "--steps",
-            "8",
-            "--accum",
-            "2",
-            *map(str, flags),
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert np.allclose(losses(tmp_path / "two"), losses(whole), rtol=2e-3)
-    a, b = load_file(tmp_path / "two" / "model.safetensors"), load_file(whole / "model.safetensors")
+def test_two_processes_equal_one(vq, pictures, tmp_path):
+    """DDP, summed code statistics, and accumulation on top."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "train_vq.py", "--data", pictures, "--out", tmp_path / "two", "--steps", "8", "--accum", "2"]
+    subprocess.run([*command, *VQ_FLAGS], cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert np.allclose(losses(tmp_path / "two"), losses(vq), rtol=2e-3)
+    a, b = load_file(tmp_path / "two" / "model.safetensors"), load_file(vq / "model.safetensors")
     assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+
+
+def test_a_run_goes_on_with_other_processes_and_another_strategy(vq, prior, pictures, tmp_path, monkeypatch):
+    """Two replicas, then four shards, then one process: the losses and weights of one process all the way."""
+    flags = ["--data", pictures, "--vq", vq, "--cache", prior.parent / "cache", *PRIOR_FLAGS, "--dropout", 0]
+    flags += ["--eval_size", 5, "--steps", 10, "--ema", 0.9]
+    call(train_prior, *flags, "--out", tmp_path / "one")
+    out = tmp_path / "many"
+    stop_at(monkeypatch, train_prior, 3)
+    fork(2, call, train_prior, *flags, "--out", out, "--accum", 2)
+    stop_at(monkeypatch, train_prior, 5)
+    (out / "state" / "step-000005").mkdir()
+    (out / "state" / "step-000005" / "left-by-a-killed-run.safetensors").write_text("")
+    fork(4, call, train_prior, "--resume", "--out", out, "--strategy", "fsdp", "--checkpoint_activations", "--eval_every", 4)
+    assert train.load_tensors(out / "state" / "resume.safetensors")[0] == {}
+    assert len(os.listdir(out / "state" / "step-000005")) == 4
+    stop_at(monkeypatch, train_prior, 7)
+    fork(2, call, train_prior, "--resume", "--out", out, "--accum", 1)
+    stop_at(monkeypatch, train_prior, -1)
+    call(train_prior, "--resume", "--out", out)
+    assert not list((out / "state").glob("step-*"))
+    assert np.allclose(losses(out), losses(tmp_path / "one"), rtol=1e-5)
+    for name in ("model.safetensors", "state/resume.safetensors"):
+        a, b = load_file(out / name), load_file(tmp_path / "one" / name)
+        assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
 # --- users' faults and the world's ---
