@@ -5,6 +5,7 @@ part of each, along the first dimension.
 """
 
 import functools
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,7 @@ def parallelize(model, p, cfg, precision, scaler):
         return model
     forward = model.to(p.device)
     if p.world > 1:
-        forward = DistributedDataParallel(model)
+        forward = DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy of the gradients
         if cfg.powersgd:
             forward.register_comm_hook(PowerSGD(matrices, cfg.powersgd, scaler), PowerSGD.hook)
     return torch.compile(forward) if cfg.compile else forward
@@ -136,7 +137,9 @@ def load_shards(folder, sharded):
                 tensors[key] = torch.zeros_like(like, dtype=saved.properties.dtype)
             else:
                 tensors[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that no_dist is one process: here each reads for itself
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
         return tensors
     except (CheckpointException, SafetensorError, OSError) as e:
         raise ValueError(f"{folder} cannot be read as safetensors: {e}") from e

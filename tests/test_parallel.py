@@ -101,7 +101,10 @@ def equality():
     out["dtypes"] = seen, {(type(t), t.dtype, t.to_local().shape) for t in kept}
     # the copy that draws the samples is whole and plain
     copy = unsharded(r.model, r.p)
-    out["copy"] = copy and (type(copy), all(v.equal(copy.state_dict()[k]) for k, v in gather(r.model.state_dict(), r.p).items()))
+    out["copy"] = copy and (
+        type(copy),
+        all(v.equal(copy.state_dict()[k]) for k, v in gather(r.model.state_dict(), r.p).items()),
+    )
     gather(r.model.state_dict(), r.p) if copy is None else None
     # gradients are summed once a step, whatever the parts
     r = Run(FSDP)

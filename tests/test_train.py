@@ -387,7 +387,9 @@ def test_two_processes_equal_one(vq, pictures, tmp_path):
     """DDP, summed code statistics, and accumulation on top."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [ROOT / "train_vq.py", "--data", pictures, "--out", tmp_path / "two", "--steps", "8", "--accum", "2"]
-    subprocess.run([*command, *VQ_FLAGS], cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [*command, *VQ_FLAGS], cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert np.allclose(losses(tmp_path / "two"), losses(vq), rtol=2e-3)
     a, b = load_file(tmp_path / "two" / "model.safetensors"), load_file(vq / "model.safetensors")
     assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
@@ -404,9 +406,30 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(vq, prior, pict
     stop_at(monkeypatch, train_prior, 5)
     (out / "state" / "step-000005").mkdir()
     (out / "state" / "step-000005" / "left-by-a-killed-run.safetensors").write_text("")
-    fork(4, call, train_prior, "--resume", "--out", out, "--strategy", "fsdp", "--checkpoint_activations", "--eval_every", 4)
+    fork(
+        4,
+        call,
+        train_prior,
+        "--resume",
+        "--out",
+        out,
+        "--strategy",
+        "fsdp",
+        "--checkpoint_activations",
+        "--eval_every",
+        4,
+    )
     assert train.load_tensors(out / "state" / "resume.safetensors")[0] == {}
     assert len(os.listdir(out / "state" / "step-000005")) == 4
+    bad = next((shutil.copytree(out, tmp_path / "bad") / "state" / "step-000005").iterdir())
+    for path in (bad, bad.with_name(".metadata")):  # where torch keeps pickles
+        path.write_bytes(pickle.dumps(Evil(tmp_path)))
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        call(train_prior, "--resume", "--out", tmp_path / "bad")
+    bad.unlink()
+    with pytest.raises(ValueError, match="is damaged: it should hold 4 safetensors files"):
+        call(train_prior, "--resume", "--out", tmp_path / "bad")
+    assert not (tmp_path / "ran").exists()
     stop_at(monkeypatch, train_prior, 7)
     fork(2, call, train_prior, "--resume", "--out", out, "--accum", 1)
     stop_at(monkeypatch, train_prior, -1)
@@ -470,18 +493,26 @@ def test_wrong_checkpoints_are_clear_errors(wrong, vq, prior, tmp_path):
             train_prior.load_vq(tmp_path)
 
 
-def test_nothing_read_from_a_checkpoint_can_run_code(vq, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
+class Evil:
+    """Runs code when unpickled."""
 
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.folder}/ran",)
+
+
+def test_nothing_read_from_a_checkpoint_can_run_code(vq, tmp_path):
     (tmp_path / "config.json").write_bytes((vq / "config.json").read_bytes())
-    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Evil(tmp_path)))
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         train_prior.load_vq(tmp_path)
     assert not (tmp_path / "ran").exists()
     for source in (*ROOT.glob("*.py"), *ROOT.glob("minit2i/*.py")):
-        assert not re.search(r"torch\.load\((?!.*weights_only=True)|\bpickle\b|allow_pickle=True", source.read_text()), source
+        assert not re.search(
+            r"torch\.load\((?!.*weights_only=True)|\bpickle\b|allow_pickle=True", source.read_text()
+        ), source
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
