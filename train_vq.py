@@ -133,9 +133,7 @@ def main():
         model_cfg = replace(model_cfg, maps=6 if laplace else 3)
     size = data_cfg.size or (read_config(cfg.base)["data"]["size"] if cfg.base else "64")
     data_cfg = replace(data_cfg, size=size)
-    large = [
-        model_cfg.upscale * n for n in parse_size(size)
-    ]  # the pictures read, of which the tokenizer sees smaller ones
+    large = [model_cfg.upscale * n for n in parse_size(size)]  # what is read; the tokenizer sees it shrunk to size
     read_cfg = replace(data_cfg, size=f"{large[0]}x{large[1]}", resize=data_cfg.resize * model_cfg.upscale)
     p = Processes(cfg.device)
     precision = pick_precision(cfg.precision, p.device)
@@ -165,6 +163,7 @@ def main():
         skipped.why = dict(meta["skipped"])
     forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if p.world > 1 else model
     if cfg.compile:
+        torch._functorch.config.donated_buffer = False  # the adaptive weight goes through the graph more than once
         forward = torch.compile(forward)
     config = {"kind": "vq", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
     n_params = sum(w.numel() for w in model.parameters())

@@ -135,8 +135,8 @@ def unit_gain(m):
 class Norm(nn.Module):
     """GroupNorm of 32 groups, in float32; with code_dim, scaled and shifted by the codes z (B, code_dim, h, w).
 
-    MoVQ, arXiv:2209.09002 eq. 3: y = phi(z) * norm(x) + psi(z), phi and psi 1x1 convolutions of the codes, which are
-    repeated up to x's size.  It starts as plain GroupNorm: phi 1, psi 0.
+    Spatially conditional normalization of MoVQ, arXiv:2209.09002: y = phi(z) * norm(x) + psi(z), phi and psi 1x1
+    convolutions of the codes, which are repeated up to x's size.  It starts as plain GroupNorm: phi 1, psi 0.
     """
 
     def __init__(self, ch, code_dim=0):
@@ -213,7 +213,7 @@ class VQGANEncoder(nn.Module):
 
 
 class VQGANDecoder(nn.Module):
-    """The encoder's mirror, with n_res + 1 blocks a grid and nearest-neighbour doubling: (B, width, h, w) -> picture."""
+    """The encoder's mirror, n_res + 1 blocks a grid, nearest-neighbour doubling: (B, width, h, w) -> (B, maps, H, W)."""
 
     modulated = False
 
@@ -236,7 +236,7 @@ class VQGANDecoder(nn.Module):
 
 
 class MoVQDecoder(VQGANDecoder):
-    """VQGAN's decoder with every norm modulated by the codes.  MoVQ, arXiv:2209.09002 sec. 3.2."""
+    """VQGAN's decoder with every norm modulated by the codes.  MoVQ, arXiv:2209.09002, without its multichannel codes."""
 
     modulated = True
 
@@ -278,7 +278,7 @@ class ViTBlock(nn.Module):
 class ViT(nn.Module):
     """n_res transformer blocks of width 4*ch over the grid, heads of 64: (B, N, 4*ch) -> the same shape.
 
-    ViT-VQGAN, arXiv:2110.04627 sec. 3.1; "small" is ch 128, n_res 8.  Positions are fixed sines, so that every grid works.
+    ViT-VQGAN, arXiv:2110.04627 sec. 3.1; "small" is ch 128, n_res 8.  Positions are fixed sines: every grid works.
     """
 
     def __init__(self, cfg):
@@ -286,7 +286,8 @@ class ViT(nn.Module):
         width = 4 * cfg.ch
         if width > 64 and width % 64:
             raise ValueError(
-                f"ch {cfg.ch} gives vit a width of {width}, not a multiple of its heads of 64; use {-(-width // 64) * 16}"
+                f"ch {cfg.ch} gives vit a width of {width}, not a multiple of its heads of 64; "
+                f"use {-(-width // 64) * 16}"
             )
         self.blocks = nn.Sequential(*(ViTBlock(width, max(1, width // 64)) for _ in range(cfg.n_res)))
         self.norm = nn.LayerNorm(width)
@@ -335,9 +336,9 @@ class ViTDecoder(nn.Module):
 class WDSR(nn.Module):
     """Doubles or quadruples a picture: (B, 3, H, W) in [-1, 1] -> (B, 3, s*H, s*W).
 
-    WDSR-A, arXiv:1808.08718 sec. 3: residual blocks, wide before the activation, weight normalisation, pixel shuffle, and one
-    5x5 convolution past them all.  Parti, arXiv:2206.10789 sec. 2.1, puts 12 blocks of 128 channels on its detokenizer.
-    Our choice: it starts as bicubic interpolation, by the 5x5 convolution's first weights.
+    WDSR-A, arXiv:1808.08718 sec. 3: residual blocks, wide before the activation, weight normalisation, pixel shuffle, and
+    one 5x5 convolution past them all.  Parti, arXiv:2206.10789 sec. 2.1, puts 12 blocks of 128 channels on its
+    detokenizer.  Our choice: it starts as bicubic interpolation, by the 5x5 convolution's first weights.
     """
 
     def __init__(self, scale, ch, n_blocks, expand=4):
@@ -381,7 +382,7 @@ def shrink(image, scale):
     return F.interpolate(image, scale_factor=1 / scale, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-# --- all of them, and how far they look -------------------------------------------------------------------------------------
+# --- all of them, and how far they look ---------------------------------------------------------------
 
 BACKBONES = {
     "vqvae": (Encoder, Decoder),
@@ -398,7 +399,7 @@ def is_local(net):
 
 
 def reach(net, jump=1.0):
-    """An upper bound of how far around itself an output looks, in the unit of `jump`, which is one input position's size."""
+    """An upper bound of how far around itself an output looks, in units of which an input position is `jump` wide."""
     total = 0.0
     for m in net.modules():  # in the order of use
         if isinstance(m, (nn.Conv2d, nn.MaxPool2d)):
@@ -417,10 +418,10 @@ HALO = 8  # codes around a tile that are computed and thrown away, where the bac
 def tiled(f, x, grid, tile, halo, unit, out_unit):
     """f by overlapping tiles of at most `tile` codes a side (0: all at once), so that memory is bounded.
 
-    x (..., h*unit, w*unit) -> (..., h*out_unit, w*out_unit), grid = (h, w).  Each tile sees `halo` more codes on every
-    side.  Where the backbone is convolutions alone (vqvae, dvae), the halo is as far as they reach, and the result is the
-    same as untiled up to rounding.  vqgan, movq and vit normalise or attend over the whole picture: there a tile is a picture of
-    its own, and codes and pictures differ.
+    x (..., h*unit, w*unit) -> (..., h*out_unit, w*out_unit), grid = (h, w).  Each tile sees `halo` more codes on
+    every side.  Where the backbone is convolutions alone (vqvae, dvae), that is as far as they reach, and the result
+    is the same as untiled up to rounding.  vqgan, movq and vit normalise or attend over the whole picture: there a tile
+    is a picture of its own, and codes and pictures differ.
     """
     (h, w), halo = grid, math.ceil(halo)
     if not tile:

@@ -4,8 +4,8 @@
     python -m minit2i.compare --out out/backbones --vary backbone --values vqvae,vqgan,vit --data path/to/pictures
 
 trains every quantizer (or every value of another flag) on the same data, budget and backbone, as CogView's figure 2
-(arXiv:2105.13290), and writes table.md and curves.png.  All further flags are train_vq.py's (VQConfig, DataConfig, VQTrainConfig).
-Stopped, it goes on where it was; each run is an ordinary folder of train_vq.py.
+(arXiv:2105.13290), and writes table.md and curves.png.  All further flags are train_vq.py's (VQConfig, DataConfig,
+VQTrainConfig).  Stopped, it goes on where it was; each run is an ordinary folder of train_vq.py.
 
 Shapes: B batch, H W picture, h w code grid, V codebook size.
 """
@@ -63,7 +63,7 @@ def show(folder, images, out, n=8, most=256, size="", tile=0, device="auto"):
     cfg = DataConfig(data=images, size=f"{size[0]}x{size[1]}", captions=False)
     source = open_source(images, cfg)
     pictures = Pictures(source, range(min(most, len(source))), cfg)
-    counts, values, rows = torch.zeros(model.cfg.n_codes), [], [[], [], [], []]
+    counts, values, rows, palette = torch.zeros(model.cfg.n_codes), [], [[], [], [], []], code_colors(model)
     for i in range(len(pictures)):
         image = pictures[i][0][None].to(device)
         codes = model.encode(shrink(image, model.cfg.upscale), tile)
@@ -71,7 +71,7 @@ def show(folder, images, out, n=8, most=256, size="", tile=0, device="auto"):
         counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
         values.append(float(psnr(recon, image)))
         if i < n:
-            colors = code_colors(model)[codes].permute(0, 3, 1, 2)  # (1, 3, h, w)
+            colors = palette[codes].permute(0, 3, 1, 2)  # (1, 3, h, w)
             code_map = torch.nn.functional.interpolate(colors, image.shape[-2:])
             error = ((recon - image).abs() * 2 - 1).clamp(-1, 1)  # white where it is half of the range or more
             for row, part in zip(rows, (image, recon, error, code_map)):
@@ -125,10 +125,11 @@ def plot(curves, title, width=560, height=340):
 def row_of(name, records):
     """One run's log -> its line of the table."""
     training, last = [r for r in records if "recon" in r], [r for r in records if "val_psnr" in r][-1]
-    tail = training[-max(1, len(training) // 10) :]
+    loss = statistics.mean(r["recon"] for r in training[-max(1, len(training) // 10) :])
+    speed = statistics.median(r["images_per_s"] for r in training)
     return (
-        f"| {name} | {statistics.mean(r['recon'] for r in tail):.5f} | {last['val_psnr']:.2f} | {last.get('val_ssim', math.nan):.4f} | "
-        f"{last['code_use']:.1%} | {last['val_perplexity']:.0f} | {statistics.median(r['images_per_s'] for r in training):.0f} |"
+        f"| {name} | {loss:.5f} | {last['val_psnr']:.2f} | {last.get('val_ssim', math.nan):.4f} | "
+        f"{last['code_use']:.1%} | {last['val_perplexity']:.0f} | {speed:.0f} |"
     )
 
 

@@ -16,6 +16,9 @@ PRIVATE = (
     "cache",
     "resume",
     "init",
+    "finetune_decoder",
+    "super_resolution",
+    "vgg",
     "device",
     "val_data",
 )  # settings that say where a run was, not what it was
