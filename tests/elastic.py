@@ -29,7 +29,8 @@ TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 4 --monitor_i
 
 
 def start(command):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # torch 2.5 to 2.15: workers that share torchrun's store find the addresses of their dead predecessors in it
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.DEVNULL, env=env)
 
 
