@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 from tqdm import tqdm
 
+from minit2i.checkpoint import has_state, load_model, load_state, read_config, save_model, save_state, write_file
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.parallel import gather, parallelize, sync_gradients, unsharded
@@ -25,22 +26,15 @@ from minit2i.train import (
     Stop,
     TrainConfig,
     autocast,
-    has_state,
-    load_model,
-    load_state,
     make_optimizer,
     optimizer_step,
     parse_flags,
     pick,
     pick_precision,
     plot_log,
-    read_config,
     run,
     save_image,
-    save_model,
-    save_state,
     seed_step,
-    write_file,
 )
 
 

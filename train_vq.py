@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from minit2i.backbones import shrink
+from minit2i.checkpoint import has_state, load_model, load_state, load_tensors, read_config, save_model, save_state
 from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
 from minit2i.losses import LossConfig, Objective, parse_recon
 from minit2i.metrics import code_stats, psnr, ssim
@@ -24,21 +25,14 @@ from minit2i.train import (
     Stop,
     TrainConfig,
     autocast,
-    has_state,
-    load_model,
-    load_state,
-    load_tensors,
     make_optimizer,
     optimizer_step,
     parse_flags,
     pick,
     pick_precision,
     plot_log,
-    read_config,
     run,
     save_image,
-    save_model,
-    save_state,
     seed_step,
 )
 from minit2i.vq import VQ, VQConfig

@@ -21,10 +21,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from minit2i.backbones import shrink
+from minit2i.checkpoint import read_config, write_file
 from minit2i.data import DataConfig, Pictures, grid_image, open_source, parse_size
 from minit2i.metrics import code_stats, psnr
 from minit2i.sample import load_vq
-from minit2i.train import pick_device, read_config, read_log, run, save_image, write_file
+from minit2i.train import pick_device, read_log, run, save_image
 from minit2i.vq import QUANTIZERS
 
 COLORS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#444444")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from minit2i.train import load_tensors, read_config, run, save_model, write_file
+from minit2i.checkpoint import load_tensors, read_config, save_model, write_file
+from minit2i.train import run
 
 PRIVATE = (
     "out",

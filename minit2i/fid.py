@@ -14,10 +14,10 @@ import torchvision
 from scipy import ndimage
 from tqdm import tqdm
 
+from minit2i.checkpoint import load_tensors, read_config
 from minit2i.data import DataConfig, open_source
 from minit2i.sample import file_hash, load_vq
 from minit2i.tokens import Crops
-from minit2i.train import load_tensors, read_config
 
 # --- features of a picture ---------------------------------------------------------------------------
 

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from minit2i.checkpoint import read_config, write_file
 from minit2i.data import BadEntry, DataConfig, Folder, crop, open_source, to_pil
 from minit2i.fid import batches, features, fid, frechet, moments, pick_features, picture_set
 from minit2i.oracle import check_scene, score_scenes
 from minit2i.sample import PRETRAINED, Painter, SampleConfig, file_hash, load_vq
 from minit2i.scenes import CATEGORIES, caption, render, scene_at
-from minit2i.train import add_flags, pick, pick_device, read_config, run, write_file
+from minit2i.train import add_flags, pick, pick_device, run
 
 # --- pictures against pictures -----------------------------------------------------------------------
 

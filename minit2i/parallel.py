@@ -1,19 +1,15 @@
-"""A model over several processes: replicated (DDP) or sharded (FSDP2), and the tensors of a sharded one on disk.
+"""A model over several processes: replicated (DDP) or sharded (FSDP2).
 
 Under either a step is that of one process on the whole batch, to rounding.  Sharded tensors are DTensors: this process's
 part of each, along the first dimension.
 """
 
 import functools
-import warnings
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from safetensors import SafetensorError
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -112,37 +108,6 @@ def unsharded(model, p):
         copy = type(model)(model.cfg)  # of the class that fully_shard derived from: FSDPModule sees to that
         copy.load_state_dict(tensors)
         return copy.to(p.device).eval()
-
-
-def save_shards(folder, tensors):
-    """Every process writes its parts of the tensors into a folder of safetensors files."""
-    try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as e:
-        raise OSError(f"cannot write {folder}: {e}") from e
-
-
-def load_shards(folder, sharded):
-    """A folder of safetensors files, whoever wrote them -> the tensors, as DTensors where `sharded` has one of that name.
-
-    sharded: name -> DTensor; a tensor may have a prefix (model., ema., optimizer.) and a suffix to the name.
-    """
-    try:
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        tensors = {}
-        for key, saved in reader.read_metadata().state_dict_metadata.items():
-            name = key.partition(".")[2]
-            like = sharded.get(name, sharded.get(name.rpartition(".")[0]))
-            if like is not None and like.shape == saved.size:
-                tensors[key] = torch.zeros_like(like, dtype=saved.properties.dtype)
-            else:
-                tensors[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that no_dist is one process: here each reads for itself
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-        return tensors
-    except (CheckpointException, SafetensorError, OSError) as e:
-        raise ValueError(f"{folder} cannot be read as safetensors: {e}") from e
 
 
 # --- PowerSGD --------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from typing import Annotated
 import torch
 from tqdm import tqdm
 
+from minit2i.checkpoint import load_model, read_config
 from minit2i.gpt import GPT, Cache, GPTConfig
-from minit2i.train import load_model, pick, read_config
 from minit2i.tokens import Text
+from minit2i.train import pick
 from minit2i.vq import VQ, VQConfig
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small prior that ships

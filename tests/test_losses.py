@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_train import ROOT, call, equal, pictures  # noqa: F401
 from torchvision.models.vgg import cfgs, make_layers
 
 import train_vq
-from minit2i import losses, train
+from minit2i import checkpoint, losses, train
 from minit2i.losses import EPS, Discriminator, Objective, Perceptual, adaptive_weight, hinge, logit_laplace
-from test_train import ROOT, call, equal, pictures  # noqa: F401
 
 ALONE = train.Processes("cpu")
 CFG = train_vq.VQTrainConfig(out="", gan=0.8, gan_start=10, gan_ramp=20, gan_ch=8, gan_layers=2)
@@ -228,7 +228,7 @@ def test_a_run_with_a_discriminator_resumes_with_bit_equal_losses(pictures, tmp_
     for name in ("model.safetensors", "state/resume.safetensors"):
         assert equal(tmp_path / "cut" / name, tmp_path / "whole" / name)
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["model"]["maps"] == 6
-    names = train.load_tensors(tmp_path / "cut" / "model.safetensors")[0]
+    names = checkpoint.load_tensors(tmp_path / "cut" / "model.safetensors")[0]
     assert not any("discriminator" in name for name in names), "only resuming needs it"
 
 

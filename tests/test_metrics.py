@@ -15,10 +15,11 @@ from scipy import linalg, ndimage
 
 from minit2i import fid as sets
 from minit2i import metrics
+from minit2i.checkpoint import save_model
 from minit2i.fid import Inception, Latents, features, fid, frechet, inception_score, moments, pick_features, picture_set
 from minit2i.metrics import psnr, ssim
 from minit2i.scenes import render, scene_at
-from minit2i.train import save_image, save_model
+from minit2i.train import save_image
 from minit2i.vq import VQ, VQConfig
 
 RNG = np.random.default_rng(0)

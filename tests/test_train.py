@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import sample
 import train_prior
 import train_vq
-from minit2i import train
+from minit2i import checkpoint, train
 from minit2i.data import DataConfig
 from minit2i.export import export
 from minit2i.gpt import GPTConfig
@@ -303,12 +303,12 @@ def test_a_run_of_an_older_version_resumes_with_defaults(which, vq, prior, tmp_p
     """Its config.json lacks the flags that came since."""
     script, whole = (train_vq, vq) if which == "vq" else (train_prior, prior)
     out = shutil.copytree(whole, tmp_path / which)
-    config = train.read_config(out)
+    config = checkpoint.read_config(out)
     for part, name in (("model", "l2_norm" if which == "vq" else "qk_norm"), ("train", "clip"), ("data", "flip")):
         del config[part][name]
     (out / "config.json").write_text(json.dumps(config))
     call(script, "--resume", "--out", out, "--steps", 9)
-    assert losses(out)[-1][0] == 9 and train.read_config(out)["model"] == train.read_config(whole)["model"]
+    assert losses(out)[-1][0] == 9 and checkpoint.read_config(out)["model"] == checkpoint.read_config(whole)["model"]
     flag = "--l2_norm" if which == "vq" else "--no-qk_norm"
     with pytest.raises(ValueError, match="cannot change the model"):
         call(script, "--resume", "--out", out, flag)
@@ -379,7 +379,7 @@ def test_sigterm_saves_before_leaving(pictures, tmp_path):
     out, _ = run.communicate(timeout=30)
     step = int(re.search(r"holds step (\d+)", out)[1])
     assert run.returncode == 0 and step >= 3
-    _, meta = train.load_tensors(tmp_path / "run" / "state" / "resume.safetensors")
+    _, meta = checkpoint.load_tensors(tmp_path / "run" / "state" / "resume.safetensors")
     assert meta["step"] == step == losses(tmp_path / "run")[-1][0]
 
 
@@ -419,7 +419,7 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(vq, prior, pict
         "--eval_every",
         4,
     )
-    assert train.load_tensors(out / "state" / "resume.safetensors")[0] == {}
+    assert checkpoint.load_tensors(out / "state" / "resume.safetensors")[0] == {}
     assert len(os.listdir(out / "state" / "step-000005")) == 4
     bad = next((shutil.copytree(out, tmp_path / "bad") / "state" / "step-000005").iterdir())
     for path in (bad, bad.with_name(".metadata")):  # where torch keeps pickles
@@ -517,7 +517,7 @@ def test_nothing_read_from_a_checkpoint_can_run_code(vq, tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    train.save_tensors(path, {"a": torch.ones(3)})
+    checkpoint.save_tensors(path, {"a": torch.ones(3)})
 
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -526,8 +526,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
     with pytest.raises(
         OSError, match="cannot write .*model.safetensors: No space left on device; what was there before is intact"
     ):
-        train.save_tensors(path, {"a": torch.zeros(3)})
-    assert train.load_tensors(path)[0]["a"].eq(1).all() and os.listdir(tmp_path) == ["model.safetensors"]
+        checkpoint.save_tensors(path, {"a": torch.zeros(3)})
+    assert checkpoint.load_tensors(path)[0]["a"].eq(1).all() and os.listdir(tmp_path) == ["model.safetensors"]
 
 
 def test_an_unwritable_folder_is_a_clear_error(pictures, tmp_path):

@@ -1,0 +1,208 @@
+"""Checkpoints: a folder that holds a model, ready to use, and what only resuming needs.
+
+`config.json` and `model.safetensors` are the model; `state/resume.safetensors` is the rest, or names a folder beside it with
+each process's part of it.  Every file appears whole or not at all, and none of them can run code when read.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensors_to_bytes
+
+from minit2i.parallel import is_sharded
+
+
+def write_file(path, data):
+    """Write bytes or str so that the file is whole or not there.  OSError names the path."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(f"cannot write {path}: {e.strerror or e}; what was there before is intact") from e
+
+
+def save_tensors(path, tensors, **meta):
+    """Named tensors and JSON-able meta -> one safetensors file, written atomically."""
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    write_file(path, tensors_to_bytes(tensors, metadata={k: json.dumps(v) for k, v in meta.items()}))
+
+
+def load_tensors(path, tensors=True):
+    """-> (dict of tensors, or {} if only meta is wanted, meta).  ValueError if the file is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+            return {k: f.get_tensor(k) for k in (f.keys() if tensors else ())}, meta
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} cannot be read as safetensors: {e}") from e
+
+
+def read_config(folder):
+    """config.json of a checkpoint folder.  ValueError if there is none."""
+    path = Path(folder, "config.json")
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a checkpoint folder: no config.json in it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
+
+
+def has_state(folder):
+    return Path(folder, "state", "resume.safetensors").exists()
+
+
+def save_model(folder, tensors, config, dtype=None):
+    """The model of a checkpoint folder: config.json and model.safetensors."""
+    if dtype:
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    write_file(Path(folder, "config.json"), json.dumps(config, indent=1) + "\n")
+    save_tensors(Path(folder, "model.safetensors"), tensors)
+
+
+def load_model(folder, model):
+    """Weights of a checkpoint folder into a model, for use; ValueError if they do not fit."""
+    tensors, _ = load_tensors(Path(folder, "model.safetensors"))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise ValueError(f"{folder}/model.safetensors does not fit its config.json, or these flags: {e}") from e
+    return model.eval()
+
+
+def save_state(folder, step, model, ema, optimizer, scaler, also=None, **meta):
+    """All that resuming needs.  Every process calls it if the model is sharded, else the first will do.
+
+    also: name -> (module, optimizer, scaler) of what is trained beside the model (a discriminator).
+    """
+    also = also or {}
+    tensors = state_tensors(model, optimizer) | {f"ema.{k}": v for k, v in ema.weights.items()}
+    for name, (module, own, _) in also.items():
+        tensors |= state_tensors(module, own, f"{name}.")
+    scalers = {name: own.state_dict() for name, (_, _, own) in also.items()}
+    meta |= dict(step=step, scaler=scaler.state_dict(), scalers=scalers)
+    write_state(Path(folder, "state"), tensors, meta)
+
+
+def state_tensors(model, optimizer, prefix=""):
+    """A module's state and its optimizer's, by name."""
+    names = {p: k for k, p in model.named_parameters()}
+    tensors = {f"{prefix}model.{k}": v for k, v in model.state_dict().items()}
+    for p, state in optimizer.state.items():
+        tensors |= {f"{prefix}optimizer.{names[p]}.{k}": v for k, v in state.items()}
+    return tensors
+
+
+def write_state(folder, tensors, meta):
+    """state/: one file; if something is sharded, the tensors in a folder beside it, which the file names.
+
+    The file comes last and appears at once: until then the state is the one before.
+    """
+    main = not (dist.is_initialized() and dist.get_rank())
+    if is_sharded(tensors):
+        shards = f"step-{meta['step']:06d}"
+        if main:
+            shutil.rmtree(folder / shards, ignore_errors=True)  # of a run that was killed here
+        dist.barrier()
+        save_shards(folder / shards, tensors)
+        tensors, meta = {}, meta | {"shards": shards, "files": len(os.listdir(folder / shards))}
+    if main:
+        save_tensors(folder / "resume.safetensors", tensors, **meta)
+        for old in folder.glob("step-*"):
+            if old.name != meta.get("shards"):
+                shutil.rmtree(old)
+
+
+def read_state(folder, model):
+    """What write_state wrote, sharded as the model is now -> tensors, meta."""
+    _, meta = load_tensors(folder / "resume.safetensors", tensors=False)
+    sharded = {k: v for k, v in model.state_dict().items() if is_sharded({k: v})}
+    if not sharded and "shards" not in meta:
+        return load_tensors(folder / "resume.safetensors")
+    folder, files = folder / meta.get("shards", ""), meta.get("files", 1)
+    if len(list(folder.glob("*.safetensors"))) != files:
+        raise ValueError(f"{folder} is damaged: it should hold {files} safetensors files")
+    return load_shards(folder, sharded), meta
+
+
+def load_state(folder, model, ema, optimizer, scaler, also=None):
+    """The inverse of save_state, in place -> its meta (step and what the script added)."""
+    tensors, meta = read_state(Path(folder, "state"), model)
+    parts = {"": (model, optimizer, scaler)}
+    parts |= {f"{name}.": part for name, part in (also or {}).items() if name in meta.get("scalers", {})}  # else new
+    for prefix, (module, own, own_scaler) in parts.items():
+        try:
+            module.load_state_dict(with_prefix(tensors, f"{prefix}model."))
+        except RuntimeError as e:
+            raise ValueError(f"the run in {folder} does not fit these flags: {e}") from e
+        moments = with_prefix(tensors, f"{prefix}optimizer.")
+        for name, p in module.named_parameters():
+            state = {k: moments[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in moments}
+            if state:
+                own.state[p] = {k: v.to(p.device) if k != "step" or p.is_cuda else v for k, v in state.items()}
+        saved = meta["scalers"][prefix[:-1]] if prefix else meta["scaler"]
+        if saved:
+            own_scaler.load_state_dict(saved)
+    averaged = with_prefix(tensors, "ema.")
+    for k, v in model.named_parameters():
+        if k in ema.weights:
+            ema.weights[k].copy_(averaged.get(k, v.detach()))
+    return meta
+
+
+def with_prefix(tensors, prefix):
+    """The tensors whose name starts so, without that start."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+# --- sharded tensors ------------------------------------------------------------------------------------
+
+
+def save_shards(folder, tensors):
+    """Every process writes its parts of the tensors into a folder of safetensors files."""
+    import torch.distributed.checkpoint as dcp  # here, as it takes 0.2 s and most commands do without it (measured)
+
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.CheckpointException as e:
+        raise OSError(f"cannot write {folder}: {e}") from e
+
+
+def load_shards(folder, sharded):
+    """A folder of safetensors files, whoever wrote them -> the tensors, as DTensors where `sharded` has one of that name.
+
+    sharded: name -> DTensor; a tensor may have a prefix (model., ema., optimizer.) and a suffix to the name.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        tensors = {}
+        for key, saved in reader.read_metadata().state_dict_metadata.items():
+            name = key.partition(".")[2]
+            like = sharded.get(name, sharded.get(name.rpartition(".")[0]))
+            if like is not None and like.shape == saved.size:
+                tensors[key] = torch.zeros_like(like, dtype=saved.properties.dtype)
+            else:
+                tensors[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that no_dist is one process: here each reads for itself
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+        return tensors
+    except (dcp.CheckpointException, SafetensorError, OSError) as e:
+        raise ValueError(f"{folder} cannot be read as safetensors: {e}") from e
