@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from tqdm import tqdm
 
-from minit2i.checkpoint import has_state, load_model, load_state, read_config, save_model, save_state, write_file
+from minit2i.checkpoint import has_state, load_model, load_state, read_config, save_run, write_file
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.gpt import GPT, GPTConfig
-from minit2i.parallel import gather, parallelize, sync_gradients, unsharded
+from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.sample import SampleConfig, file_hash, generate, load_vq
 from minit2i.tokens import CodeCache, Coded, Crops, Text
 from minit2i.train import (
     EMA,
     Log,
     Processes,
-    Stop,
     TrainConfig,
     autocast,
     make_optimizer,
@@ -35,6 +33,7 @@ from minit2i.train import (
     run,
     save_image,
     seed_step,
+    steps,
 )
 
 
@@ -190,14 +189,12 @@ def main():
 
     step, all_cut, part_size = start, earlier_cut, cfg.batch_size // (cfg.accum * p.world)
 
-    # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
+    # --- the loop ---
     sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
     loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
-    log, stop, saved = Log(out, p.main, start), Stop(p, cfg.log_every), start if resumed else -1
-    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not p.main):
-        last = step == cfg.steps
-        stopping = stop.asked(step)
-        if (step % cfg.eval_every == 0 and step > start) or last:
+    log = Log(out, p.main, start)
+    for step, evaluating, saving, ending in steps(cfg, p, start, resumed):
+        if evaluating:
             with ema.applied(model):
                 val_text, val_image = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
                 painter = unsharded(model, p)
@@ -209,14 +206,10 @@ def main():
             if p.main:
                 plot_log(out, ["image_loss", "text_loss", "grad_norm"])
             log.rate(0)
-        if step != saved and (last or stopping or (step % cfg.save_every == 0 and step > start)):
+        if saving:
             all_cut = earlier_cut + int(p.sum([cut])[0])
-            tensors = gather(ema.state_dict(model), p)
-            if p.main:
-                save_model(out, tensors, config | {"step": step})
-            save_state(out, step, model, ema, optimizer, scaler, n_cut=all_cut)
-            p.barrier()
-        if last or stopping:
+            save_run(p, out, config, step, model, ema, optimizer, scaler, n_cut=all_cut)
+        if ending:
             break
 
         seed_step(cfg.seed, step, p.rank)

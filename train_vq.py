@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from tqdm import tqdm
 
 from minit2i.backbones import shrink
-from minit2i.checkpoint import has_state, load_model, load_state, load_tensors, read_config, save_model, save_state
+from minit2i.checkpoint import has_state, load_model, load_state, load_tensors, read_config, save_run
 from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
 from minit2i.losses import LossConfig, Objective, parse_recon
 from minit2i.metrics import code_stats, psnr, ssim
@@ -22,7 +21,6 @@ from minit2i.train import (
     EMA,
     Log,
     Processes,
-    Stop,
     TrainConfig,
     autocast,
     make_optimizer,
@@ -34,6 +32,7 @@ from minit2i.train import (
     run,
     save_image,
     seed_step,
+    steps,
 )
 from minit2i.vq import VQ, VQConfig
 
@@ -169,14 +168,12 @@ def main():
     step, part_size = start, cfg.batch_size // (cfg.accum * p.world)
     train_set[start * cfg.batch_size]  # nothing usable: say so here, not in a worker
 
-    # --- the loop: one pass more than steps, so that the last evaluation and save are no special case ---
+    # --- the loop ---
     sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
     loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
-    log, stop, saved = Log(cfg.out, p.main, start), Stop(p, cfg.log_every), start if resumed else -1
-    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not p.main):
-        last = step == cfg.steps
-        stopping = stop.asked(step)
-        if (step % cfg.eval_every == 0 and step > start) or last:
+    log = Log(cfg.out, p.main, start)
+    for step, evaluating, saving, ending in steps(cfg, p, start, resumed):
+        if evaluating:
             with ema.applied(model):
                 values, skips, shown = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
             skipped.add([s for part in p.gather(skips) for s in part])
@@ -191,14 +188,11 @@ def main():
                 )
                 plot_log(cfg.out, ["loss", "psnr", "perplexity"])
             log.rate(0)
-        if step != saved and (last or stopping or (step % cfg.save_every == 0 and step > start)):
+        if saving:
             skipped.add([s for part in p.gather(list(skipped.why.items())) for s in part])
-            if p.main:
-                save_model(cfg.out, ema.state_dict(model), config | {"step": step})
-                also, why = objective.parts, list(skipped.why.items())
-                save_state(cfg.out, step, model, ema, optimizer, scaler, also, skipped=why)
-            p.barrier()
-        if last or stopping:
+            also, why = objective.parts, list(skipped.why.items())
+            save_run(p, cfg.out, config, step, model, ema, optimizer, scaler, also, skipped=why)
+        if ending:
             break
 
         seed_step(cfg.seed, step, p.rank)

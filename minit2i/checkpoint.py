@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 
-from minit2i.parallel import is_sharded
+from minit2i.parallel import gather, is_sharded
 
 
 def write_file(path, data):
@@ -85,8 +85,17 @@ def load_model(folder, model):
     return model.eval()
 
 
+def save_run(p, folder, config, step, model, ema, optimizer, scaler, also=None, **meta):
+    """Every process calls it: the model with averaged weights, whole, and then all that resuming needs."""
+    tensors = gather(ema.state_dict(model), p)
+    if p.main:
+        save_model(folder, tensors, config | {"step": step})
+    save_state(folder, step, model, ema, optimizer, scaler, also, **meta)
+    p.barrier()
+
+
 def save_state(folder, step, model, ema, optimizer, scaler, also=None, **meta):
-    """All that resuming needs.  Every process calls it if the model is sharded, else the first will do.
+    """All that resuming needs; every process calls it.
 
     also: name -> (module, optimizer, scaler) of what is trained beside the model (a discriminator).
     """

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 
 from minit2i.checkpoint import has_state, read_config, write_file
 
@@ -239,6 +240,22 @@ class Stop:
         if self.processes.world == 1:
             return self.flag
         return step % self.every == 0 and self.processes.sum([self.flag])[0] > 0
+
+
+def steps(cfg, p, start, resumed):
+    """Steps start ... cfg.steps, one more than there are, so that the last evaluation and save are no special case.
+
+    Yields (step, whether to evaluate, to save, to end) before each; ends early if a signal asks for it.
+    """
+    stop, first = Stop(p, cfg.log_every), start if resumed else -1
+    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not p.main):
+        last = step == cfg.steps
+        end = stop.asked(step) or last
+        evaluate = last or (step % cfg.eval_every == 0 and step > start)
+        save = step != first and (end or (step % cfg.save_every == 0 and step > start))
+        yield step, evaluate, save, end
+        if end:
+            return
 
 
 # --- optimization ----------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_a_run_with_a_discriminator_resumes_with_bit_equal_losses(pictures, tmp_
             return now == 5
 
     with monkeypatch.context() as m:
-        m.setattr(train_vq, "Stop", Stop)
+        m.setattr(train, "Stop", Stop)
         call(train_vq, "--out", tmp_path / "cut", *flags)
     call(train_vq, "--resume", "--out", tmp_path / "cut")
     assert log_of(tmp_path / "cut", *keys) == log_of(tmp_path / "whole", *keys)

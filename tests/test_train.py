@@ -237,7 +237,7 @@ def test_the_second_run_reads_the_code_cache(prior, vq, pictures, monkeypatch):
 # --- resuming ---
 
 
-def stop_at(monkeypatch, script, step):
+def stop_at(monkeypatch, step):
     """As if SIGTERM came during that step."""
 
     class Stop:
@@ -247,7 +247,7 @@ def stop_at(monkeypatch, script, step):
         def asked(self, now):
             return now == step
 
-    monkeypatch.setattr(script, "Stop", Stop)
+    monkeypatch.setattr(train, "Stop", Stop)
 
 
 @pytest.mark.parametrize("which", ["vq", "prior"])
@@ -256,7 +256,7 @@ def test_a_stopped_run_resumes_with_bit_equal_losses(which, vq, prior, pictures,
     flags = VQ_FLAGS if which == "vq" else [*PRIOR_FLAGS, "--vq", vq, "--cache", prior.parent / "cache"]
     out = tmp_path / which
     with monkeypatch.context() as m:
-        stop_at(m, script, 5)
+        stop_at(m, 5)
         call(script, "--data", pictures, "--out", out, "--steps", 8, "--eval_every", 4, *flags)
     assert [s for s, _, _ in losses(out)] == [1, 2, 3, 4, 5]
     with open(out / "log.jsonl", "a") as f:  # what a run killed later would leave
@@ -401,9 +401,9 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(vq, prior, pict
     flags += ["--eval_size", 5, "--steps", 10, "--ema", 0.9]
     call(train_prior, *flags, "--out", tmp_path / "one")
     out = tmp_path / "many"
-    stop_at(monkeypatch, train_prior, 3)
+    stop_at(monkeypatch, 3)
     fork(2, call, train_prior, *flags, "--out", out, "--accum", 2)
-    stop_at(monkeypatch, train_prior, 5)
+    stop_at(monkeypatch, 5)
     (out / "state" / "step-000005").mkdir()
     (out / "state" / "step-000005" / "left-by-a-killed-run.safetensors").write_text("")
     fork(
@@ -430,9 +430,9 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(vq, prior, pict
     with pytest.raises(ValueError, match="is damaged: it should hold 4 safetensors files"):
         call(train_prior, "--resume", "--out", tmp_path / "bad")
     assert not (tmp_path / "ran").exists()
-    stop_at(monkeypatch, train_prior, 7)
+    stop_at(monkeypatch, 7)
     fork(2, call, train_prior, "--resume", "--out", out, "--accum", 1)
-    stop_at(monkeypatch, train_prior, -1)
+    stop_at(monkeypatch, -1)
     call(train_prior, "--resume", "--out", out)
     assert not list((out / "state").glob("step-*"))
     assert np.allclose(losses(out), losses(tmp_path / "one"), rtol=1e-5)
