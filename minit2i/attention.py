@@ -93,26 +93,31 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q, k, v, layout, start=0):
-    """Attention of positions start ... start+S-1: q (B, H, S, K), k and v (B, H, start+S, K) -> (B, H, S, K)."""
+def attend(q, k, v, layout, start=0, alpha=None):
+    """Attention of positions start ... start+S-1: q (B, H, S, K), k and v (B, H, start+S, K) -> (B, H, S, K).
+
+    alpha: PB-Relax, CogView 2105.13290 sec. 2.4: softmax((q k^T / alpha - max) * alpha), the division before the product,
+    as after it nothing is left to protect.  A fused kernel never shows its scores and subtracts their maximum itself, so
+    there the division belongs on q and the factor is the kernel's own scale, which it applies to float32 sums.
+    """
     s, stop = q.shape[2], k.shape[2]
     if s == 1 and stop > 1:
         if not layout.causal:
             seen = layout.keys_of(start)
             k, v = k.index_select(2, seen), v.index_select(2, seen)
-        return dense(q, k, v)
+        return dense(q, k, v, alpha=alpha)
     if layout.causal and start == 0:
-        return dense(q, k, v, causal=True)
+        return dense(q, k, v, causal=True, alpha=alpha)
     if s < layout.cfg.length:
-        return dense(q, k, v, layout.dense[start:stop, :stop])
+        return dense(q, k, v, layout.dense[start:stop, :stop], alpha=alpha)
     if layout.open:
-        return dense(q, k, v)
+        return dense(q, k, v, alpha=alpha)
     if q.is_cuda:
-        return flex(q, k, v, layout)
-    return grouped(q, k, v, layout) if layout.saves else dense(q, k, v, layout.dense)
+        return flex(q, k, v, layout, alpha)
+    return grouped(q, k, v, layout, alpha) if layout.saves else dense(q, k, v, layout.dense, alpha=alpha)
 
 
-def dense(q, k, v, mask=None, causal=False):
+def dense(q, k, v, mask=None, causal=False, alpha=None):
     """softmax(q k^T / sqrt K + mask) v: q (B, H, S, K), k and v (B, H, M, K), mask (S, M) bool -> (B, H, S, K).
 
     Training on a CPU, up to 512 keys, uses products with a softmax in between: the fused kernel's backward
@@ -120,37 +125,47 @@ def dense(q, k, v, mask=None, causal=False):
     """
     n = q.shape[2]
     if q.device.type != "cpu" or not q.requires_grad or k.shape[2] > 512:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        q, scale = divided(q, alpha)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     if causal:
         mask = torch.ones(n, n, dtype=torch.bool).tril()
     out = []
     for i in range(0, n, 64 if causal else n):
         j = min(i + 64, n) if causal else k.shape[2]  # keys read
         part = q[:, :, i : i + 64 if causal else n]
-        out.append(products(part, k[:, :, :j], v[:, :, :j], None if mask is None else mask[i : i + part.shape[2], :j]))
+        seen = None if mask is None else mask[i : i + part.shape[2], :j]
+        out.append(products(part, k[:, :, :j], v[:, :, :j], seen, alpha))
     return torch.cat(out, 2)
 
 
-def products(q, k, v, mask):
+def divided(q, alpha):
+    """-> q, and the scale that a fused kernel is to give its scores."""
+    return (q, None) if alpha is None else (q * (q.shape[-1] ** -0.5 / alpha), alpha)
+
+
+def products(q, k, v, mask, alpha=None):
     """The same as products with a softmax in between, for any leading dimensions."""
-    score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (..., S, M)
+    score = (q * (q.shape[-1] ** -0.5 / (alpha or 1))) @ k.transpose(-1, -2)  # (..., S, M)
     if mask is not None:
         score = score + torch.zeros(mask.shape, dtype=score.dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+    if alpha is not None:
+        score = (score - score.detach().amax(-1, keepdim=True)) * alpha
     return score.softmax(-1) @ v
 
 
-def grouped(q, k, v, layout):
+def grouped(q, k, v, layout, alpha=None):
     """The whole sequence in groups of queries, each with the keys that any of its queries sees."""
     groups = layout.visible.shape[0]
     q = q.index_select(2, layout.queries).unflatten(2, (groups, -1))  # (B, H, G, g, K)
     k, v = (x.index_select(2, layout.keys).unflatten(2, (groups, -1)) for x in (k, v))  # (B, H, G, n, K)
-    y = products(q, k, v, layout.visible).flatten(2, 3)  # (B, H, G*g, K)
+    y = products(q, k, v, layout.visible, alpha).flatten(2, 3)  # (B, H, G*g, K)
     return y.index_select(2, layout.back)
 
 
-def flex(q, k, v, layout):
+def flex(q, k, v, layout, alpha=None):
     """The whole sequence with FlexAttention, rows or columns together so that whole blocks are hidden."""
+    q, scale = divided(q, alpha)
     if layout.by_columns:
         q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
-    y = compiled_flex()(q, k, v, block_mask=layout.block_mask(q.device))
+    y = compiled_flex()(q, k, v, block_mask=layout.block_mask(q.device), scale=scale)
     return y.index_select(2, layout.order.argsort()) if layout.by_columns else y

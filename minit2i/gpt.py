@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from minit2i.attention import Layout, attend
+from minit2i.fp16 import ALPHA, PBLayerNorm, branch, shrink_gradient
 from minit2i.masks import layer_masks
 
 
@@ -35,9 +36,13 @@ class GPTConfig:
     ] = "full"
     window: Annotated[int, "side of the crop that the window mask sees, in codes"] = 8
     pos: Annotated[str, "positions: learned (text, row, column), or 2-D rotary", ("learned", "rotary")] = "learned"
-    norm: Annotated[str, "normalisation", ("layernorm", "rmsnorm")] = "rmsnorm"
+    norm: Annotated[str, "normalisation; PB-Relax: see fp16.py", ("layernorm", "rmsnorm", "pb_layernorm")] = "rmsnorm"
     mlp: Annotated[str, "feed-forward layer", ("gelu", "swiglu")] = "swiglu"
     qk_norm: Annotated[bool, "normalise queries and keys per head"] = True
+    pb_relax: Annotated[bool, "attention scores that float16 can hold (CogView's PB-Relax)"] = False
+    sandwich: Annotated[bool, "a norm after each branch, too (CogView's Sandwich-LN)"] = False
+    embed_grad: Annotated[float, "share of its gradient that the embedding gets; CogView: 0.1"] = 1.0
+    fp32_logits: Annotated[bool, "heads in float32 also under fp16 and bf16 (DALL-E)"] = False
     dropout: Annotated[float, "dropout on embeddings and on both branches of each block"] = 0.0
     n_vocab: int = 0
     n_codes: int = 0
@@ -101,7 +106,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(cfg, width):
-    return nn.LayerNorm(width) if cfg.norm == "layernorm" else RMSNorm(width, eps=1e-6)
+    if cfg.norm == "rmsnorm":
+        return RMSNorm(width, eps=1e-6)
+    return nn.LayerNorm(width) if cfg.norm == "layernorm" else PBLayerNorm(width)
 
 
 class Linear(nn.Linear):
@@ -109,6 +116,20 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
+
+
+class Head(Linear):
+    """Hidden states (B, S, D) -> logits (B, S, V), in float32 whatever else is if cfg.fp32_logits."""
+
+    def __init__(self, cfg, n_out):
+        super().__init__(cfg.n_embd, n_out)
+        self.fp32 = cfg.fp32_logits
+
+    def forward(self, x):
+        if not self.fp32:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
 
 
 class Attention(nn.Module):
@@ -133,7 +154,7 @@ class Attention(nn.Module):
         if kv is not None:
             kv[0][:, :, start : start + s], kv[1][:, :, start : start + s] = k, v
             k, v = kv[0][:, :, : start + s], kv[1][:, :, : start + s]
-        y = attend(q, k, v, layout, start)
+        y = attend(q, k, v, layout, start, ALPHA if self.cfg.pb_relax else None)
         return self.out(y.transpose(1, 2).reshape(b, s, d))
 
 
@@ -156,17 +177,26 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x (B, S, D) -> (B, S, D)."""
+    """Pre-norm transformer block: x (B, S, D) -> (B, S, D).  Sandwich-LN (CogView sec. 2.4): x + norm(branch(norm(x)))."""
 
     def __init__(self, cfg):
         super().__init__()
         self.norm1, self.attn = make_norm(cfg, cfg.n_embd), Attention(cfg)
         self.norm2, self.mlp = make_norm(cfg, cfg.n_embd), MLP(cfg)
+        self.after1, self.after2 = (make_norm(cfg, cfg.n_embd) if cfg.sandwich else nn.Identity() for _ in range(2))
         self.drop = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
-    def forward(self, x, layout, start=0, rope=None, kv=None):
-        x = x + self.drop(self.attn(self.norm1(x), layout, start, rope, kv))
-        return x + self.drop(self.mlp(self.norm2(x)))
+    def forward(self, x, layout, start=0, rope=None, kv=None, scale=None):
+        """scale: of this block's gradients, a tensor (see BlockScaler)."""
+
+        def attention(x):
+            return self.drop(self.after1(self.attn(self.norm1(x), layout, start, rope, kv)))
+
+        def mlp(x):
+            return self.drop(self.after2(self.mlp(self.norm2(x))))
+
+        x = x + branch(attention, x, scale)
+        return x + branch(mlp, x, scale)
 
 
 # --- the model -----------------------------------------------------------------------------------------
@@ -187,6 +217,8 @@ class GPT(nn.Module):
             raise ValueError(f"2-D rotary positions need a head size that 4 divides, not {cfg.n_embd // cfg.n_head}")
         if cfg.text_len < 3:
             raise ValueError(f"text_len {cfg.text_len} has no room for a word between its two marks; use 3 or more")
+        if not 0 < cfg.embed_grad <= 1:
+            raise ValueError(f"embed_grad {cfg.embed_grad} is not a share in (0, 1]; use 1 for the whole gradient")
         if cfg.window < 1:
             raise ValueError(f"window {cfg.window} shows nothing; use 1 or more")
         self.cfg = cfg
@@ -206,8 +238,8 @@ class GPT(nn.Module):
         self.text_ahead = any(layout.text_ahead for layout in self.layouts.values())
         self.image_ahead = any(layout.image_ahead for layout in self.layouts.values())
         self.norm = make_norm(cfg, cfg.n_embd)
-        self.text_head = Linear(cfg.n_embd, cfg.n_vocab)
-        self.image_head = Linear(cfg.n_embd, cfg.n_codes)
+        self.text_head, self.image_head = Head(cfg, cfg.n_vocab), Head(cfg, cfg.n_codes)
+        self.block_scales = None  # (n_layer,) of gradients, from a BlockScaler
         for name, p in self.named_parameters():  # GPT-2: 0.02, less where branches join the residual stream
             if p.dim() >= 2:
                 joins = name.endswith(("attn.out.weight", "mlp.down.weight"))
@@ -225,7 +257,7 @@ class GPT(nn.Module):
     def trunk(self, ids, start=0, cache=None):
         """ids (B, S) of positions start ... start+S-1 -> hidden states (B, S, D), normalised."""
         stop = start + ids.shape[1]
-        x = self.embedding(ids)  # (B, S, D)
+        x = shrink_gradient(self.embedding(ids), self.cfg.embed_grad)  # (B, S, D)
         rope = None
         if self.cfg.pos == "learned":
             table = self.positions() if cache is None else cache.positions
@@ -234,7 +266,9 @@ class GPT(nn.Module):
             rope = self.rope_cos[start:stop], self.rope_sin[start:stop]
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, self.layouts[self.masks[i]], start, rope, None if cache is None else cache.kv[i])
+            kv = None if cache is None else cache.kv[i]
+            scale = None if self.block_scales is None else self.block_scales[i]
+            x = block(x, self.layouts[self.masks[i]], start, rope, kv, scale)
         return self.norm(x)
 
     def logits(self, text, codes):

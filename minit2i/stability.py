@@ -1,0 +1,159 @@
+"""The toy experiment: a deep prior in float16 that breaks, and what each remedy of fp16.py is worth.
+
+    python -m minit2i.stability --out stability.png
+
+A narrow prior of 24 layers learns striped pictures, without warm-up, from a start with large queries, keys and residual
+branches.  `none` is float16 throughout, norms included, with float32 masters of the weights; each other line adds one
+remedy, `all` adds all of them, and `float32` is the same training in float32 without any.  A run ends when the loss or a
+weight is not finite; "skipped" counts the steps that left out the update of the model, or of a block of it.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import replace
+
+import torch
+from PIL import Image, ImageDraw
+from torch.func import functional_call
+
+from minit2i.fp16 import BlockScaler, PBLayerNorm
+from minit2i.gpt import GPT, GPTConfig
+from minit2i.train import Processes, run, save_image
+
+TOY = GPTConfig(
+    n_layer=24, n_head=2, n_embd=64, text_len=4, norm="pb_layernorm", mlp="gelu", qk_norm=False,
+    n_vocab=20, n_codes=16, grid_h=8, grid_w=8,
+)  # fmt: skip
+FLOAT32 = {"float32_parts": True, "fp32_logits": True}
+RUNS = {  # what each adds to `none`: fields of GPTConfig, and the switches of train
+    "none": {},
+    "PB-Relax attention": {"pb_relax": True},
+    "PB-Relax LayerNorm": {"pb_norm": True},
+    "Sandwich-LN": {"sandwich": True},
+    "embedding gradient x 0.1": {"embed_grad": 0.1},
+    "float32 parts": FLOAT32,
+    "loss scaling": {"loss_scale": True},
+    "float32 parts, block scales": FLOAT32 | {"block_scale": True},
+    "all": FLOAT32 | {"pb_relax": True, "pb_norm": True, "sandwich": True, "embed_grad": 0.1, "block_scale": True},
+    "float32": {"half": False},
+}
+
+
+def stripes(step, batch):
+    """Captions 1, c, 2, pad and pictures of stripes that the caption turns: text (B, 4), codes (B, 64)."""
+    g = torch.Generator().manual_seed(step)
+    c = torch.randint(0, 16, (batch, 1), generator=g)
+    text = torch.cat([torch.ones_like(c), 3 + c, torch.full_like(c, 2), torch.full_like(c, TOY.n_vocab + 3)], 1)
+    n = torch.arange(64)[None]
+    codes = (c + (1 + c % 4) * (n // 8) + (1 + c // 4) * (n % 8)) % 16
+    noise = torch.rand(codes.shape, generator=g) < 0.05
+    return text, torch.where(noise, torch.randint(0, 16, codes.shape, generator=g), codes)
+
+
+def provoke(model, scores, branches):
+    """Large activations: queries and keys, and what the branches add to the residual stream, so many times larger."""
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[: 2 * TOY.n_embd] *= scores
+            for w in (block.attn.out.weight, block.mlp.down.weight):
+                w *= branches
+
+
+def train(steps, batch, lr, scores, branches, half=True, pb_norm=False, float32_parts=False, loss_scale=False,
+          block_scale=False, **fields):  # fmt: skip
+    """-> losses of the steps survived, the first place that was not finite (or ""), updates skipped."""
+    torch.manual_seed(0)
+    model, p = GPT(replace(TOY, **fields)), Processes("cpu")
+    provoke(model, scores, branches)
+    for m in model.modules():
+        if isinstance(m, PBLayerNorm) and not pb_norm:
+            m.forward = m.plain
+    scaler = BlockScaler(model, p) if block_scale else torch.amp.GradScaler("cpu", enabled=loss_scale)
+    optimizer, losses, places, skipped = torch.optim.AdamW(model.parameters(), lr), [], [], 0
+
+    def watch(name):
+        def hook(module, args, out):
+            if not places and torch.is_tensor(out) and not out.isfinite().all():
+                places.append(name)
+
+        return hook
+
+    for name, m in model.named_modules():
+        m.register_forward_hook(watch(name or "loss"))
+    for step in range(steps):
+        text, codes = stripes(step, batch)
+        weights = dict(model.named_parameters())
+        if half and not float32_parts:
+            weights = {k: w.half() for k, w in weights.items()}
+        with torch.autocast("cpu", torch.float16, enabled=half and float32_parts):
+            text_loss, image_loss = functional_call(model, weights, (text, codes))
+        loss = image_loss / codes.numel() + text_loss / text.numel()
+        if not loss.isfinite():
+            return losses, places[0] if places else "loss", skipped
+        losses.append(float(loss.detach()))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        bad = [k for k, w in model.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
+        torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.grad is not None], 1.0)
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        skipped += (scaler.get_scale() != before) if block_scale else (scaler.get_scale() < before)
+        if not all(w.isfinite().all() for w in model.parameters()):
+            return losses, f"gradient of {bad[-1]}", skipped
+    return losses, "", skipped
+
+
+def plot(results, steps, w=720, h=420):
+    """Loss against step, a cross where a run ended early."""
+    colors = "#111111 #2563eb #059669 #d97706 #9333ea #0891b2 #dc2626 #65a30d #be185d #9ca3af".split()
+    sheet, left, low = Image.new("RGB", (w, h), "white"), 40, h - 24
+    draw, top = ImageDraw.Draw(sheet), 1.3 * max(losses[0] for losses, _, _ in results.values() if losses)
+
+    def at(step, loss):
+        return left + (w - left - 12) * step / steps, low - (low - 12) * min(loss, top) / top
+
+    draw.line([(left, 12), (left, low), (w - 12, low)], fill="#888888")
+    draw.text((4, 12), f"{top:.1f}\nnats", fill="#444444")
+    draw.text((w - 60, low + 6), f"{steps} steps", fill="#444444")
+    for i, ((name, (losses, _, _)), color) in enumerate(zip(results.items(), colors)):
+        smooth = [sum(losses[max(0, k - 4) : k + 1]) / len(losses[max(0, k - 4) : k + 1]) for k in range(len(losses))]
+        points = [at(k, loss) for k, loss in enumerate(smooth)]
+        if len(points) > 1:
+            draw.line(points, fill=color, width=2)
+        if points and len(losses) < steps:
+            x, y = points[-1]
+            draw.line([(x - 5, y - 5), (x + 5, y + 5)], fill=color, width=2)
+            draw.line([(x - 5, y + 5), (x + 5, y - 5)], fill=color, width=2)
+        x, y = w - 220, 16 + 15 * i
+        draw.line([(x - 24, y + 5), (x - 6, y + 5)], fill=color, width=3)
+        draw.text((x, y), name + ("" if len(losses) == steps else f" ({len(losses)} steps)"), fill="black")
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="stability.png", help="the plot [stability.png]")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each run [60]")
+    parser.add_argument("--batch", type=int, default=4, help="pictures of a step [4]")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate [2e-3]")
+    parser.add_argument("--scores", type=float, default=600.0, help="queries and keys start so many times larger [600]")
+    parser.add_argument("--branches", type=float, default=300.0, help="residual branches start so many times larger [300]")
+    args = parser.parse_args()
+    results = {}
+    print(f"| {'run':27} | steps | skipped | first not finite | loss of the last 10 | seconds |\n|---|---|---|---|---|---|")
+    for name, how in RUNS.items():
+        start = time.perf_counter()
+        losses, place, skipped = train(args.steps, args.batch, args.lr, args.scores, args.branches, **how)
+        last = sum(losses[-10:]) / len(losses[-10:]) if losses else math.nan
+        took = time.perf_counter() - start
+        print(f"| {name:27} | {len(losses)} | {skipped} | {place or 'nothing'} | {last:.2f} | {took:.0f} |", flush=True)
+        results[name] = losses, place, skipped
+    save_image(args.out, plot(results, args.steps), settings=vars(args))
+    print(f"{args.out} holds the curves")
+
+
+if __name__ == "__main__":
+    run(main)
