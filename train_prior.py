@@ -14,6 +14,7 @@ import torch
 
 from minit2i.checkpoint import has_state, load_model, load_state, read_config, save_run, write_file
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
+from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.sample import SampleConfig, file_hash, generate, load_vq
@@ -52,6 +53,7 @@ class PriorTrainConfig(TrainConfig):
     strategy: Annotated[str, "several processes: replicas of the model, or parts of it (FSDP2)", ("ddp", "fsdp")] = (
         "ddp"
     )
+    block_scale: Annotated[bool, "a gradient scale for each block instead of one for the loss (DALL-E)"] = False
     powersgd: Annotated[int, "rank to which PowerSGD compresses the gradients that replicas exchange; 0: off"] = 0
     checkpoint_activations: Annotated[bool, "less memory: blocks compute again in the backward pass"] = False
     steps: Annotated[int, "optimizer steps"] = 10000
@@ -166,6 +168,10 @@ def main():
     model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
     if resumed and model_cfg != pick(GPTConfig, read_config(out)["model"]):
         raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
+    if resumed and cfg.block_scale != read_config(out)["train"].get("block_scale", False):
+        raise ValueError(
+            f"--resume cannot change --block_scale, as the scales of {out} would be lost; use another --out"
+        )
     model = GPT(model_cfg)
     model.check_causal()
     if model.text_ahead and cfg.text_weight:
@@ -173,7 +179,7 @@ def main():
     if init:
         load_model(init, model).train()
     n_params = sum(w.numel() for w in model.parameters())
-    scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
+    scaler = make_scaler(model, cfg, p, precision)
     forward = parallelize(model, p, cfg, precision, scaler)
     optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
     start, cut, earlier_cut = 0, 0, 0  # captions cut by this process, and before resuming

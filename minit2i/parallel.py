@@ -47,7 +47,8 @@ def parallelize(model, p, cfg, precision, scaler):
         return model
     forward = model.to(p.device)
     if p.world > 1:
-        forward = DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy of the gradients
+        # no second copy of the gradients; masks and position tables are the same everywhere already
+        forward = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         if cfg.powersgd:
             forward.register_comm_hook(PowerSGD(matrices, cfg.powersgd, scaler), PowerSGD.hook)
     return torch.compile(forward) if cfg.compile else forward

@@ -106,30 +106,37 @@ def train(steps, batch, lr, scores, branches, half=True, pb_norm=False, float32_
     return losses, "", skipped
 
 
-def plot(results, steps, w=720, h=420):
-    """Loss against step, a cross where a run ended early."""
+def plot(results, steps, w=560, h=360):
+    """Loss against step, a cross where a run ended early, names beside."""
     colors = "#111111 #2563eb #059669 #d97706 #9333ea #0891b2 #dc2626 #65a30d #be185d #9ca3af".split()
-    sheet, left, low = Image.new("RGB", (w, h), "white"), 40, h - 24
-    draw, top = ImageDraw.Draw(sheet), 1.3 * max(losses[0] for losses, _, _ in results.values() if losses)
-
-    def at(step, loss):
-        return left + (w - left - 12) * step / steps, low - (low - 12) * min(loss, top) / top
-
-    draw.line([(left, 12), (left, low), (w - 12, low)], fill="#888888")
-    draw.text((4, 12), f"{top:.1f}\nnats", fill="#444444")
-    draw.text((w - 60, low + 6), f"{steps} steps", fill="#444444")
-    for i, ((name, (losses, _, _)), color) in enumerate(zip(results.items(), colors)):
-        smooth = [sum(losses[max(0, k - 4) : k + 1]) / len(losses[max(0, k - 4) : k + 1]) for k in range(len(losses))]
-        points = [at(k, loss) for k, loss in enumerate(smooth)]
+    curves = {
+        name: [sum(losses[max(0, k - 4) : k + 1]) / len(losses[max(0, k - 4) : k + 1]) for k in range(len(losses))]
+        for name, (losses, _, _) in results.items()  # means of five steps
+    }
+    top, bottom = (
+        max(map(max, filter(None, curves.values()))) + 0.05,
+        min(map(min, filter(None, curves.values()))) - 0.05,
+    )
+    sheet, left, low = Image.new("RGB", (w + 270, h), "white"), 40, h - 24
+    draw = ImageDraw.Draw(sheet)
+    draw.line([(left, 12), (left, low), (w, low)], fill="#888888")
+    for value, y in ((top, 12), (bottom, low - 12)):
+        draw.text((4, y), f"{value:.2f}", fill="#444444")
+    draw.text((w - 56, low + 6), f"{steps} steps", fill="#444444")
+    for i, ((name, curve), color) in enumerate(zip(curves.items(), colors)):
+        points = [
+            (left + (w - left) * k / steps, low - (low - 12) * (loss - bottom) / (top - bottom))
+            for k, loss in enumerate(curve)
+        ]
         if len(points) > 1:
             draw.line(points, fill=color, width=2)
-        if points and len(losses) < steps:
+        if points and len(points) < steps:
             x, y = points[-1]
             draw.line([(x - 5, y - 5), (x + 5, y + 5)], fill=color, width=2)
             draw.line([(x - 5, y + 5), (x + 5, y - 5)], fill=color, width=2)
-        x, y = w - 220, 16 + 15 * i
-        draw.line([(x - 24, y + 5), (x - 6, y + 5)], fill=color, width=3)
-        draw.text((x, y), name + ("" if len(losses) == steps else f" ({len(losses)} steps)"), fill="black")
+        draw.line([(w + 12, 25 + 20 * i), (w + 34, 25 + 20 * i)], fill=color, width=4)
+        died = "" if len(points) == steps else f" (ended after {len(points)})"
+        draw.text((w + 42, 19 + 20 * i), name + died, fill="black")
     return sheet
 
 
@@ -140,10 +147,14 @@ def main():
     parser.add_argument("--batch", type=int, default=4, help="pictures of a step [4]")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate [2e-3]")
     parser.add_argument("--scores", type=float, default=600.0, help="queries and keys start so many times larger [600]")
-    parser.add_argument("--branches", type=float, default=300.0, help="residual branches start so many times larger [300]")
+    parser.add_argument(
+        "--branches", type=float, default=300.0, help="residual branches start so many times larger [300]"
+    )
     args = parser.parse_args()
     results = {}
-    print(f"| {'run':27} | steps | skipped | first not finite | loss of the last 10 | seconds |\n|---|---|---|---|---|---|")
+    print(
+        f"| {'run':27} | steps | skipped | first not finite | loss of the last 10 | seconds |\n|---|---|---|---|---|---|"
+    )
     for name, how in RUNS.items():
         start = time.perf_counter()
         losses, place, skipped = train(args.steps, args.batch, args.lr, args.scores, args.branches, **how)

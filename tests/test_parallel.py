@@ -11,6 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.parallel import gather, parallelize, sync_gradients, unsharded
 from minit2i.train import EMA, Processes, autocast, make_optimizer, optimizer_step
@@ -34,6 +35,8 @@ class Run:
         Run.p = self.p
         self.model = GPT(CFG)
         self.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=init_scale)
+        if cfg.block_scale:
+            self.scaler = make_scaler(self.model, cfg, self.p, precision)
         self.forward = parallelize(self.model, self.p, cfg, precision, self.scaler)
         self.optimizer, self.ema, self.step = make_optimizer(self.model, cfg), EMA(self.model, cfg.ema), 0
 
@@ -82,6 +85,8 @@ def equality():
         "ddp bf16": run(4, precision="bf16"),
         "fsdp bf16": run(4, FSDP, "bf16"),
         "fsdp fp16": run(4, FSDP, "fp16"),
+        "ddp, block scales": run(4, replace(TRAIN, block_scale=True)),
+        "fsdp, block scales, checkpointed": run(4, replace(FSDP, block_scale=True, checkpoint_activations=True)),
     }
     # float16: a gradient that overflows in one process's part only skips the step in all, and halves the scale
     r = Run(FSDP, "fp16")
@@ -93,6 +98,16 @@ def equality():
     optimizer_step(r.model, r.optimizer, r.scaler, r.cfg, 0)
     after = gather(r.model.state_dict(), r.p)
     out["skipped"] = all(after[k].equal(v) for k, v in before.items()), r.scaler.get_scale()
+    # block scales: a block with such a gradient is left out in all, and its scale falls in all
+    b = Run(replace(FSDP, block_scale=True))
+    before = gather(b.model.state_dict(), b.p)
+    b.backward(data(0))
+    if b.p.rank == 1:
+        b.model.blocks[1].mlp.up.weight.grad.to_local()[0, 0] = torch.inf
+    optimizer_step(b.model, b.optimizer, b.scaler, b.cfg, 0)
+    after = gather(b.model.state_dict(), b.p)
+    kept = {k for k, v in before.items() if after[k].equal(v)}
+    out["left out"] = kept == {k for k in before if k.startswith("blocks.1.")}, b.p.gather(b.scaler.scales.tolist())
     # gains are gathered in float32, matrices in float16; parts, moments and averages are float32
     seen = {}
     r.model.blocks[0].register_forward_pre_hook(lambda m, _: seen.update({k: w.dtype for k, w in m.named_parameters()}))
@@ -123,6 +138,9 @@ def test_replicas_and_shards_equal_one_process():
         assert torch.allclose(losses, expected, rtol=3e-3 if half else 1e-5), name
         assert half or all(torch.allclose(weights[k], w, atol=1e-5) for k, w in averaged.items()), name
     assert many["skipped"] == (True, 2.0**15)
+    assert many["left out"][0]
+    first, second = many["left out"][1]
+    assert first == second and first[1] < 2.0**14 < first[0]
     seen, kept = many["dtypes"]
     assert seen["mlp.up.weight"] == torch.float16 and seen["norm1.weight"] == torch.float32
     assert kept == {(DTensor, torch.float32, (96, 32))}  # half of the 192 rows

@@ -37,7 +37,7 @@ VQ_FLAGS = (
 )
 PRIOR_FLAGS = (
     "--n_layer 2 --n_head 2 --n_embd 32 --size 32 --batch_size 8 --workers 0 --precision fp32 --log_every 1 "
-    "--eval_size 8 --warmup 2 --text_len 16 --vocab_size 320 --dropout 0.1 --mask dalle".split()
+    "--eval_size 8 --warmup 2 --text_len 16 --vocab_size 320 --dropout 0.1 --mask dalle --block_scale --fp32_logits".split()
 )
 
 
