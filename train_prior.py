@@ -15,8 +15,9 @@ import torch
 from minit2i.checkpoint import has_state, load_model, load_state, read_config, save_run, write_file
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.fp16 import make_scaler
-from minit2i.gpt import GPT, GPTConfig
+from minit2i.gpt import GPT, SIZES, GPTConfig
 from minit2i.parallel import parallelize, sync_gradients, unsharded
+from minit2i.plan import plan
 from minit2i.sample import SampleConfig, file_hash, generate, load_vq
 from minit2i.tokens import CodeCache, Coded, Crops, Text
 from minit2i.train import (
@@ -29,6 +30,7 @@ from minit2i.train import (
     optimizer_step,
     parse_flags,
     pick,
+    pick_device,
     pick_precision,
     plot_log,
     run,
@@ -53,6 +55,10 @@ class PriorTrainConfig(TrainConfig):
     strategy: Annotated[str, "several processes: replicas of the model, or parts of it (FSDP2)", ("ddp", "fsdp")] = (
         "ddp"
     )
+    model_size: Annotated[str, "a named size (SIZES of gpt.py); flags of the model win over it", ("", *SIZES)] = ""
+    plan: Annotated[int, "train nothing, print what this would need on so many processes; 0: train"] = 0
+    peak_tflops: Annotated[float, "of a process, for --plan; 312 is an A100's in bf16"] = 312.0
+    mfu: Annotated[float, "part of the peak that is reached, for --plan"] = 0.4
     block_scale: Annotated[bool, "a gradient scale for each block instead of one for the loss (DALL-E)"] = False
     powersgd: Annotated[int, "rank to which PowerSGD compresses the gradients that replicas exchange; 0: off"] = 0
     checkpoint_activations: Annotated[bool, "less memory: blocks compute again in the backward pass"] = False
@@ -60,6 +66,10 @@ class PriorTrainConfig(TrainConfig):
     lr: Annotated[float, "peak learning rate"] = 1e-3
     weight_decay: Annotated[float, "AdamW weight decay, on matrices only"] = 0.045
     ema: Annotated[float, "decay of the averaged weights, which are the ones saved; 0: none"] = 0.999
+
+    @property
+    def named(self):
+        return SIZES.get(self.model_size, {})
 
 
 def collate(samples):
@@ -121,11 +131,27 @@ def draw_samples(model, vq, text, prompts, cfg, device):
     return grid_image(images.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1), len(prompts))
 
 
+def say_plan(model_cfg, data_cfg, cfg):
+    """Print --plan: with the tokenizer in --vq if there is one, else with the codes of a paper's size."""
+    if Path(cfg.vq, "config.json").exists():
+        vq, size = load_vq(cfg.vq), data_cfg.size or read_config(cfg.vq)["data"]["size"]
+        grid_h, grid_w = vq.grid(*parse_size(size))
+        model_cfg = replace(model_cfg, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w, n_vocab=cfg.vocab_size)
+    elif not model_cfg.n_codes:
+        raise ValueError(
+            f"--plan needs a tokenizer, and {cfg.vq} holds none; name one with --vq, or a paper's --model_size"
+        )
+    precision = pick_precision(cfg.precision, pick_device(cfg.device))
+    print("\n".join(plan(model_cfg, cfg, precision, cfg.plan)))
+
+
 def main():
     # --- configuration, processes, tokenizer ---
     model_cfg, data_cfg, cfg = parse_flags(__doc__, GPTConfig, DataConfig, PriorTrainConfig)
     if not data_cfg.captions:
         raise ValueError("--no-captions is for train_vq.py: the prior needs captions")
+    if cfg.plan:
+        return say_plan(model_cfg, data_cfg, cfg)
     p = Processes(cfg.device)
     precision = pick_precision(cfg.precision, p.device)
     out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)

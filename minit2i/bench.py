@@ -5,7 +5,7 @@
 
 Every figure is the median of several rounds in which all take turns, so that a change of the machine's
 speed touches all alike.  FLOPs are those of the matrix products of the model as it is: 2 a weight and
-position forward, twice that backward, attention counted over the causal half only.
+position forward, twice that backward, attention over the pairs that the mask shows.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from minit2i.attention import Layout, attend
 from minit2i.gpt import GPT, Cache, GPTConfig
 from minit2i.masks import MASKS
+from minit2i.plan import training_flops
 from minit2i.sample import SampleConfig, generate
 from minit2i.train import autocast, pick_precision, run
 from minit2i.vq import VQ, VQConfig
@@ -43,16 +44,6 @@ def medians(work, device, rounds):
             if k >= 2:  # the first two rounds warm up
                 times[name].append(t)
     return {name: statistics.median(v) for name, v in times.items()}
-
-
-def training_flops(cfg, batch):
-    """FLOPs of one training step of the prior."""
-    s = cfg.length
-    model = GPT(cfg)
-    blocks = sum(w.numel() for w in model.blocks.parameters() if w.dim() == 2)
-    heads = (cfg.text_len - 1) * cfg.n_embd * cfg.n_vocab + cfg.n_image * cfg.n_embd * cfg.n_codes
-    attention = cfg.n_layer * 2 * cfg.n_embd * s * (s + 1) / 2
-    return 3 * 2 * batch * (s * blocks + heads + attention)
 
 
 def prior_step(model, batch, device, precision, compiled):
@@ -155,7 +146,7 @@ def main():
         "encode": lambda: vq.encode(images),
     }
     t = medians(work, device, args.rounds)
-    peak, flops = 2 * n**3 / t["matrix product"], training_flops(PRIOR, args.batch)
+    peak, flops = 2 * n**3 / t["matrix product"], args.batch * training_flops(PRIOR)
     print(
         f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}; "
         f"prior {PRIOR.n_layer} layers, {PRIOR.n_embd} wide, {PRIOR.text_len}+{PRIOR.n_image} positions"

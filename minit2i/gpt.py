@@ -58,6 +58,30 @@ class GPTConfig:
         return self.text_len + self.n_image
 
 
+# The papers' sizes, and smaller ones: train_prior.py --model_size NAME; flags beside it win.  What comes from tokenizer and
+# text model (the last four) serves --plan only.  Parti's priors are encoders and decoders; here one decoder of their width has
+# the layers of both.
+
+_LARGE = dict(norm="layernorm", mlp="gelu", qk_norm=False, n_codes=8192, grid_h=32, grid_w=32)
+_PARTI = _LARGE | dict(text_len=128, mask="conv", n_vocab=16000)  # 2206.10789 sec. 3.1, table 1
+SIZES = {
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128),
+    "small": dict(n_layer=6, n_head=8, n_embd=256),
+    "base": dict(n_layer=12, n_head=12, n_embd=768),
+    "large": dict(n_layer=24, n_head=16, n_embd=1024),
+    "xl": dict(n_layer=24, n_head=16, n_embd=2048),
+    "dalle-12b": _LARGE  # 2102.12092 app. B.1
+    | dict(n_layer=64, n_head=62, n_embd=3968, text_len=256, mask="dalle", fp32_logits=True, n_vocab=16384),
+    "cogview-4b": _LARGE  # 2105.13290 sec. 2.2, 2.4
+    | dict(n_layer=48, n_head=40, n_embd=2560, text_len=64, n_vocab=50000)
+    | dict(norm="pb_layernorm", pb_relax=True, sandwich=True, embed_grad=0.1),
+    "parti-350m": _PARTI | dict(n_layer=24, n_head=16, n_embd=1024),
+    "parti-750m": _PARTI | dict(n_layer=48, n_head=16, n_embd=1024),
+    "parti-3b": _PARTI | dict(n_layer=48, n_head=32, n_embd=2048),
+    "parti-20b": _PARTI | dict(n_layer=80, n_head=64, n_embd=4096),
+}
+
+
 # --- positions -----------------------------------------------------------------------------------------
 
 

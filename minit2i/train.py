@@ -56,6 +56,11 @@ class TrainConfig:
         """The folder whose model this run starts from, or ''."""
         return self.init
 
+    @property
+    def named(self):
+        """Fields of the model that one flag names together; flags for them win."""
+        return {}
+
 
 # --- flags from dataclasses ------------------------------------------------------------------------------
 
@@ -101,7 +106,8 @@ def parse_flags(doc, model, data, train, argv=None):
     for config in (train, data, model):
         add_flags(parser, config)
     args = parser.parse_args(argv)
-    resumed = args.resume and has_state(args.out)
+    resumed, named = args.resume and has_state(args.out), pick(train, args).named
+    parser.set_defaults(**named)
     folder = args.out if resumed else pick(train, args).base
     if folder:
         saved = read_config(folder)
@@ -110,6 +116,8 @@ def parse_flags(doc, model, data, train, argv=None):
         parser.set_defaults(**saved["model"])
     if resumed:
         parser.set_defaults(**saved["train"] | saved["data"] | {"resume": True})
+        if named != pick(train, saved["train"]).named:  # then, if there is one, it was given now
+            parser.set_defaults(**named)
         now, before = asdict(pick(model, parser.parse_args(argv))), asdict(pick(model, saved["model"]))
         changed = [f"--{k} {now[k]} (the run has {v})" for k, v in before.items() if now[k] != v]
         if changed:

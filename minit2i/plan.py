@@ -1,0 +1,107 @@
+"""What a training of the prior will need: memory, arithmetic, time.  train_prior.py --plan N prints it for N processes."""
+
+from dataclasses import replace
+
+import torch
+
+from minit2i.attention import Layout
+from minit2i.gpt import GPT
+from minit2i.masks import layer_masks
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def n_params(cfg):
+    """Parameters by part: blocks, embeddings (positions and the last norm included), heads."""
+    with torch.device("meta"):
+        model = GPT(replace(cfg, mask="full"))  # a mask has no parameters
+    parts = {"blocks": 0, "embeddings": 0, "heads": 0}
+    for name, w in model.named_parameters():
+        part = name.partition(".")[0]
+        parts["blocks" if part == "blocks" else "heads" if part.endswith("head") else "embeddings"] += w.numel()
+    return parts
+
+
+def training_flops(cfg):
+    """Floating-point operations to train on one sequence: 2 a weight and position forward, twice that backward.
+
+    Attention is counted over the pairs that the masks show; nothing for recomputed activations.
+    """
+    with torch.device("meta"):
+        block = GPT(replace(cfg, mask="full", n_layer=1)).blocks[0]
+    weights = cfg.n_layer * sum(w.numel() for w in block.parameters() if w.dim() == 2)
+    heads = (cfg.text_len - 1) * cfg.n_embd * cfg.n_vocab + cfg.n_image * cfg.n_embd * cfg.n_codes
+    masks = layer_masks(cfg)
+    pairs = sum(masks.count(name) * int(Layout(name, cfg).dense.sum()) for name in set(masks))
+    return 3 * 2 * (cfg.length * weights + heads + 2 * cfg.n_embd * pairs)
+
+
+def activation_bytes(cfg, precision):
+    """Bytes that one block keeps for the backward pass, for one sequence.
+
+    Counted on a CPU, on a narrow copy with a fused kernel's attention, as they grow with length times width.
+    """
+    small = replace(
+        cfg, n_embd=128, n_head=2, n_vocab=8, n_codes=8, text_len=64, grid_h=24, grid_w=24, mask="full", dropout=0.0
+    )
+    kept = []
+    for n_layer in (1, 2):
+        torch.manual_seed(0)
+        model = GPT(replace(small, n_layer=n_layer))
+        weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
+        copies = {w.numel() for w in model.parameters()}  # autocast's, in half precision
+        seen = {}
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in weights and t.numel() not in copies:
+                seen[t.untyped_storage().data_ptr()] = (
+                    t.untyped_storage().nbytes(),
+                    t,
+                )  # kept, so that no other gets its place
+            return t
+
+        text, codes = torch.zeros(1, 64, dtype=torch.long), torch.zeros(1, 24 * 24, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+                loss = sum(model(text, codes))
+        kept.append(sum(n for n, _ in seen.values()))
+        del loss
+    return (kept[1] - kept[0]) / (small.length * small.n_embd) * cfg.length * cfg.n_embd
+
+
+def plan(cfg, train, precision, world):
+    """-> lines of text.  cfg must know its vocabularies and grid; train is train_prior.py's config."""
+    parts, half = n_params(cfg), BYTES[precision]
+    total, shards = sum(parts.values()), world if train.strategy == "fsdp" else 1
+    outside, block = parts["embeddings"] + parts["heads"], parts["blocks"] / cfg.n_layer
+    sequences = train.batch_size / world / train.accum
+    layer = activation_bytes(cfg, precision)
+    entering = cfg.length * cfg.n_embd * 4  # a float32 residual stream
+    logits = 4 * (cfg.text_len * cfg.n_vocab + cfg.n_image * cfg.n_codes)
+    kept = cfg.n_layer * entering + layer if train.checkpoint_activations else cfg.n_layer * layer
+    if shards > 1:
+        copies = 4 * outside + 2 * half * block  # gathered: what is outside the blocks, and two of them
+    else:
+        copies = half * (parts["blocks"] + parts["heads"]) if half < 4 else 0  # autocast's
+    memory = {
+        "weights": 4 * total / shards,
+        "gradients": 4 * total / (1 if train.accum > 1 else shards),  # whole between the parts of a batch
+        "optimizer": 8 * total / shards,
+        "averages": 4 * total / shards if train.ema else 0,
+        "copies of weights": copies,
+        "activations": sequences * (kept + logits),
+    }
+    flops, tokens = training_flops(cfg), train.steps * train.batch_size * cfg.length
+    seconds = flops / cfg.length * tokens / (world * train.peak_tflops * 1e12 * train.mfu)
+    gib = 2.0**30
+    return [
+        f"{cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.n_head} heads, {cfg.text_len}+{cfg.n_image} positions, mask {cfg.mask}",
+        f"parameters    {total / 1e6:12,.1f} M  (" + ", ".join(f"{k} {n / 1e6:,.1f}" for k, n in parts.items()) + ")",
+        f"a process of {world} ({train.strategy}, {precision}, {sequences:g} sequences at a time"
+        + (", checkpointed)" if train.checkpoint_activations else ")"),
+        *(f"  {k:17} {v / gib:9.2f} GiB" for k, v in memory.items()),
+        f"  {'all of these':17} {sum(memory.values()) / gib:9.2f} GiB",
+        f"a token       {flops / cfg.length / 1e9:12,.2f} GFLOP (forward and backward)",
+        f"{train.steps} steps of {train.batch_size}: {tokens / 1e9:,.3f} G tokens, {flops / cfg.length * tokens / 1e18:,.3f} EFLOP",
+        f"  at {train.mfu:.0%} of {train.peak_tflops:g} TFLOP/s a process: {seconds / 86400:,.2f} days ({seconds / 3600:,.1f} hours)",
+    ]

@@ -1,0 +1,95 @@
+"""Named sizes against the papers, and --plan against what can be counted."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_prior
+from minit2i.gpt import GPT, SIZES, GPTConfig
+from minit2i.plan import activation_bytes, n_params, plan, training_flops
+from minit2i.train import parse_flags
+from train_prior import DataConfig, PriorTrainConfig
+
+SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, text_len=5, n_vocab=11, n_codes=7, grid_h=3, grid_w=4)
+
+
+def test_papers_sizes_have_the_papers_parameters():
+    """Within 2 %: CogView's whole (4 B); DALL-E's without heads (12 B), as whole it is 2.4 % above the rounded figure."""
+    dalle, cogview = (n_params(GPTConfig(**SIZES[name])) for name in ("dalle-12b", "cogview-4b"))
+    assert abs(dalle["blocks"] + dalle["embeddings"] - 12e9) < 0.02 * 12e9
+    assert abs(sum(cogview.values()) - 4e9) < 0.02 * 4e9
+    assert abs(sum(n_params(GPTConfig(**SIZES["parti-350m"])).values()) - 350e6) < 0.02 * 350e6
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_is_a_model(name):
+    cfg = GPTConfig(**{"n_vocab": 50, "n_codes": 20, "grid_h": 4, "grid_w": 4} | SIZES[name])
+    narrow = replace(cfg, n_embd=cfg.n_head * 4, n_layer=3, grid_h=4, grid_w=4, text_len=8)
+    text, codes = torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long)
+    assert all(loss.isfinite() for loss in GPT(narrow)(text, codes))
+    assert sum(n_params(SMALL).values()) == sum(w.numel() for w in GPT(SMALL).parameters())
+
+
+def test_flops_are_those_that_run():
+    cfg = replace(SMALL, mask="none")
+    model = GPT(cfg)
+    text, codes = torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 12, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        x = model.trunk(torch.cat([text, model.code_ids(codes)], 1))
+        (model.text_head(x[:, :4]).sum() + model.image_head(x[:, 4:-1]).sum()).backward()
+    assert counter.get_total_flops() == training_flops(cfg)
+    assert training_flops(replace(cfg, mask="row")) < training_flops(replace(cfg, mask="full")) < training_flops(cfg)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"mlp": "gelu", "norm": "layernorm", "qk_norm": False, "sandwich": True}], ids=str
+)
+def test_activations_are_those_that_are_kept(change):
+    cfg = replace(SMALL, grid_h=20, grid_w=30, n_embd=96, **change)
+    kept = []
+    for n_layer in (1, 2):
+        model, seen = GPT(replace(cfg, n_layer=n_layer)), {}
+        own = {w.untyped_storage().data_ptr() for w in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: seen.setdefault(id(t.untyped_storage()), t), lambda t: t
+        ):
+            loss = sum(model(torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 600, dtype=torch.long)))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in seen.values()}
+        kept.append(sum(n for ptr, n in storages.items() if ptr not in own))
+        del loss
+    assert abs(activation_bytes(cfg, "fp32") / (kept[1] - kept[0]) - 1) < 0.05
+    assert 0.4 < activation_bytes(cfg, "bf16") / activation_bytes(cfg, "fp32") < 0.85
+
+
+def test_a_plan_says_what_a_process_holds():
+    train = PriorTrainConfig(out="", batch_size=64, steps=1000, peak_tflops=100.0, mfu=0.5)
+    cfg = GPTConfig(**SIZES["parti-350m"] | {"n_layer": 12})
+
+    def memory(**change):
+        lines = plan(cfg, replace(train, **change), "fp16", 8)
+        return {line[:20].strip(): float(line.split()[-2]) for line in lines if line.endswith("GiB")}
+
+    params = sum(n_params(cfg).values()) / 2**30
+    ddp, fsdp = memory(), memory(strategy="fsdp")
+    assert ddp["optimizer"] == pytest.approx(8 * params, abs=0.01) == pytest.approx(8 * fsdp["optimizer"], abs=0.05)
+    assert ddp["all of these"] == pytest.approx(sum(v for k, v in ddp.items() if k != "all of these"), abs=0.05)
+    assert memory(checkpoint_activations=True)["activations"] < ddp["activations"] / 3
+    assert memory(accum=8)["activations"] == pytest.approx(ddp["activations"] / 8, abs=0.01)
+    assert memory(strategy="fsdp", accum=8)["gradients"] == ddp["gradients"]
+    flops = training_flops(cfg) * 64 * 1000
+    assert f"({flops / (8 * 50e12) / 3600:,.1f} hours)" in plan(cfg, train, "fp16", 8)[-1]
+
+
+def test_flags_win_over_a_named_size(tmp_path, capsys, monkeypatch):
+    argv = ["--out", str(tmp_path / "x"), "--model_size", "dalle-12b", "--n_layer", "3"]
+    cfg, _, _ = parse_flags("", GPTConfig, DataConfig, PriorTrainConfig, argv)
+    expected = asdict(GPTConfig(**SIZES["dalle-12b"])) | {"n_layer": 3}
+    assert asdict(cfg) == expected
+    monkeypatch.setattr("sys.argv", ["train_prior.py", *argv, "--vq", str(tmp_path), "--plan", "16"])
+    train_prior.main()
+    assert "3 layers, 3968 wide" in capsys.readouterr().out and not (tmp_path / "x").exists()
+    monkeypatch.setattr("sys.argv", ["train_prior.py", "--out", "x", "--vq", str(tmp_path), "--plan", "16"])
+    with pytest.raises(ValueError, match="--plan needs a tokenizer"):
+        train_prior.main()
