@@ -69,39 +69,39 @@ def activation_bytes(cfg, precision):
     return (kept[1] - kept[0]) / (small.length * small.n_embd) * cfg.length * cfg.n_embd
 
 
-def plan(cfg, train, precision, world):
-    """-> lines of text.  cfg must know its vocabularies and grid; train is train_prior.py's config."""
+def plan(cfg, train_cfg, precision, world):
+    """-> lines of text.  cfg must know its vocabularies and grid; train_cfg: train_prior.py's config."""
     parts, half = n_params(cfg), BYTES[precision]
-    total, shards = sum(parts.values()), world if train.strategy == "fsdp" else 1
+    total, shards = sum(parts.values()), world if train_cfg.strategy == "fsdp" else 1
     outside, block = parts["embeddings"] + parts["heads"], parts["blocks"] / cfg.n_layer
-    sequences = train.batch_size / world / train.accum
+    sequences = train_cfg.batch_size / world / train_cfg.accum
     layer = activation_bytes(cfg, precision)
     entering = cfg.length * cfg.n_embd * 4  # a float32 residual stream
     logits = 4 * (cfg.text_len * cfg.n_vocab + cfg.n_image * cfg.n_codes)
-    kept = cfg.n_layer * entering + layer if train.checkpoint_activations else cfg.n_layer * layer
+    kept = cfg.n_layer * entering + layer if train_cfg.checkpoint_activations else cfg.n_layer * layer
     if shards > 1:
         copies = 4 * outside + 2 * half * block  # gathered: what is outside the blocks, and two of them
     else:
         copies = half * (parts["blocks"] + parts["heads"]) if half < 4 else 0  # autocast's
     memory = {
         "weights": 4 * total / shards,
-        "gradients": 4 * total / (1 if train.accum > 1 else shards),  # whole between the parts of a batch
+        "gradients": 4 * total / (1 if train_cfg.accum > 1 else shards),  # whole between the parts of a batch
         "optimizer": 8 * total / shards,
-        "averages": 4 * total / shards if train.ema else 0,
+        "averages": 4 * total / shards if train_cfg.ema else 0,
         "copies of weights": copies,
         "activations": sequences * (kept + logits),
     }
-    flops, tokens = training_flops(cfg), train.steps * train.batch_size * cfg.length
-    seconds = flops / cfg.length * tokens / (world * train.peak_tflops * 1e12 * train.mfu)
+    flops, tokens = training_flops(cfg), train_cfg.steps * train_cfg.batch_size * cfg.length
+    seconds = flops / cfg.length * tokens / (world * train_cfg.peak_tflops * 1e12 * train_cfg.mfu)
     gib = 2.0**30
     return [
         f"{cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.n_head} heads, {cfg.text_len}+{cfg.n_image} positions, mask {cfg.mask}",
         f"parameters    {total / 1e6:12,.1f} M  (" + ", ".join(f"{k} {n / 1e6:,.1f}" for k, n in parts.items()) + ")",
-        f"a process of {world} ({train.strategy}, {precision}, {sequences:g} sequences at a time"
-        + (", checkpointed)" if train.checkpoint_activations else ")"),
+        f"a process of {world} ({train_cfg.strategy}, {precision}, {sequences:g} sequences at a time"
+        + (", checkpointed)" if train_cfg.checkpoint_activations else ")"),
         *(f"  {k:17} {v / gib:9.2f} GiB" for k, v in memory.items()),
         f"  {'all of these':17} {sum(memory.values()) / gib:9.2f} GiB",
         f"a token       {flops / cfg.length / 1e9:12,.2f} GFLOP (forward and backward)",
-        f"{train.steps} steps of {train.batch_size}: {tokens / 1e9:,.3f} G tokens, {flops / cfg.length * tokens / 1e18:,.3f} EFLOP",
-        f"  at {train.mfu:.0%} of {train.peak_tflops:g} TFLOP/s a process: {seconds / 86400:,.2f} days ({seconds / 3600:,.1f} hours)",
+        f"{train_cfg.steps} steps of {train_cfg.batch_size}: {tokens / 1e9:,.3f} G tokens, {flops / cfg.length * tokens / 1e18:,.3f} EFLOP",
+        f"  at {train_cfg.mfu:.0%} of {train_cfg.peak_tflops:g} TFLOP/s a process: {seconds / 86400:,.2f} days ({seconds / 3600:,.1f} hours)",
     ]
