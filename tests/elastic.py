@@ -7,6 +7,7 @@ Not collected by pytest: it takes some minutes.
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -18,8 +19,6 @@ from pathlib import Path
 
 from kill9 import ROOT, SHARED, VQ
 from safetensors.torch import load_file
-
-from minit2i.train import read_log
 
 PRIOR = (
     f"train_prior.py {SHARED} --n_layer 2 --n_head 2 --n_embd 32 --dropout 0.1 --steps 400 --save_every 5 --log_every 5 "
@@ -39,9 +38,16 @@ def workers(agent):
     return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
 
 
-def last_step(folder):
+def losses(folder):
+    """Step -> training loss, as far as the log has been written."""
     log = Path(folder, "log.jsonl")
-    return max((r["step"] for r in read_log(log)), default=0) if log.exists() else 0
+    lines = log.read_text().splitlines() if log.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def last_step(folder):
+    return max(losses(folder), default=0)
 
 
 def main():
@@ -70,15 +76,13 @@ def main():
         assert agent.wait() == 0
         whole, killed = (load_file(f"{tmp}/{run}/model.safetensors") for run in ("whole", "killed"))
         worst = max(float((whole[k].float() - killed[k].float()).abs().max()) for k in whole)
-        a, b = (
-            {r["step"]: r["loss"] for r in read_log(f"{tmp}/{r}/log.jsonl") if "loss" in r} for r in ("whole", "killed")
-        )
+        a, b = losses(f"{tmp}/whole"), losses(f"{tmp}/killed")
         assert a.keys() == b.keys()
         print(
             f"{args.strategy}: {len(kills)} kills at (step, worker) {kills}; ended by itself after {time.time() - begin:.0f} s; "
             f"largest difference in a loss {max(abs(a[s] - b[s]) for s in a):.1e}, in a weight {worst:.1e}"
         )
-        assert worst == 0
+        assert worst < 1e-5  # replicas: DDP sums in another order in its first step
 
 
 if __name__ == "__main__":
