@@ -16,9 +16,11 @@ from minit2i.checkpoint import has_state, load_model, load_state, read_config, s
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, SIZES, GPTConfig
+from minit2i.lm import lm_config, lm_text, load_lm
 from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.plan import plan
 from minit2i.sample import SampleConfig, file_hash, generate, load_vq
+from minit2i.t5 import T5Text
 from minit2i.tokens import CodeCache, Coded, Crops, Text
 from minit2i.train import (
     EMA,
@@ -46,6 +48,16 @@ class PriorTrainConfig(TrainConfig):
 
     vq: Annotated[str, "the tokenizer's checkpoint folder; a resumed run uses its own copy"] = "out/vq"
     cache: Annotated[str, "where the pictures' codes are kept, for this and later runs"] = "out/cache"
+    text_encoder: Annotated[
+        str, "folder of a frozen T5 v1.1 encoder, Hugging Face layout, that reads the captions; no text loss then"
+    ] = ""
+    init_lm: Annotated[
+        str,
+        "folder of a language model (Llama family, Hugging Face layout) whose shape, words and weights to start from",
+    ] = ""
+    init_lm_weights: Annotated[
+        bool, "start from its weights too, not at random (arXiv:2311.16201 compares the two)"
+    ] = True
     crops: Annotated[int, "crops of each picture in the cache; 1: the central one"] = 1
     vocab_size: Annotated[int, "tokens of the text model, trained at the first run"] = 2048
     bpe_dropout: Annotated[float, "probability to leave out a merge of the text model in training"] = 0.1
@@ -89,6 +101,28 @@ def train_text(source, indices, vocab_size, most=50_000):
                 pass
 
     return Text.train(captions(), vocab_size)
+
+
+def all_captions(*sets):
+    """The captions of sets (source, indices), as far as they can be read."""
+    captions = []
+    for source, indices in sets:
+        for i in indices:
+            try:
+                captions += source.captions(int(i))
+            except BadEntry:
+                pass
+    return captions
+
+
+def read_captions(out, cfg, length, sets, p, precision):
+    """What turns captions into text ids or, with --text_encoder, into states that are in the cache from now on."""
+    if not cfg.text_encoder:
+        return Text((out / "text.model").read_bytes(), length)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    text = T5Text(cfg.text_encoder, length, p.device, dtype)
+    text.remember(all_captions(*sets), cfg.cache, p)
+    return text
 
 
 def code_cache(crops, cfg, vq, vq_hash, p, precision):
@@ -162,6 +196,10 @@ def main():
         raise ValueError("--flip needs --crops 2 or more: the one central crop is never mirrored")
     vq_hash = file_hash(vq_folder / "model.safetensors")
     init = None if resumed or not cfg.init else Path(cfg.init)
+    if cfg.init_lm and (cfg.init or cfg.text_encoder):
+        raise ValueError("--init_lm brings words and weights of its own; leave out --init and --text_encoder")
+    if cfg.init_lm and not resumed:
+        model_cfg = replace(model_cfg, **lm_config(cfg.init_lm))
     if init and file_hash(init / "vq" / "model.safetensors") != vq_hash:
         raise ValueError(f"{init} was trained on the codes of another tokenizer than {cfg.vq}; use --vq {init / 'vq'}")
     grid_h, grid_w = vq.grid(*parse_size(data_cfg.size))
@@ -171,12 +209,14 @@ def main():
     if p.main and not resumed:
         for name in ("config.json", "model.safetensors"):
             write_file(out / "vq" / name, Path(vq_folder, name).read_bytes())
-        write_file(
-            out / "text.model",
-            (init / "text.model").read_bytes() if init else train_text(source, train, cfg.vocab_size),
-        )
+        if cfg.init_lm:
+            write_file(out / "text.model", lm_text(cfg.init_lm))
+        elif init and not cfg.text_encoder:
+            write_file(out / "text.model", (init / "text.model").read_bytes())
+        elif not cfg.text_encoder:
+            write_file(out / "text.model", train_text(source, train, cfg.vocab_size))
     p.barrier()
-    text = Text((out / "text.model").read_bytes(), model_cfg.text_len)
+    text = read_captions(out, cfg, model_cfg.text_len, ((source, train), (val_source, val)), p, precision)
     train_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed)
     train_cache = code_cache(train_crops, cfg, vq, vq_hash, p, precision)
     val_cache = code_cache(Crops(val_source, val, data_cfg), cfg, vq, vq_hash, p, precision)
@@ -192,6 +232,8 @@ def main():
     # --- model and optimizer ---
     torch.manual_seed(cfg.seed)
     model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
+    if cfg.text_encoder:
+        model_cfg = replace(model_cfg, n_states=text.width)
     if resumed and model_cfg != pick(GPTConfig, read_config(out)["model"]):
         raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
     if resumed and cfg.block_scale != read_config(out)["train"].get("block_scale", False):
@@ -200,10 +242,12 @@ def main():
         )
     model = GPT(model_cfg)
     model.check_causal()
-    if model.text_ahead and cfg.text_weight:
+    if model.text_ahead and cfg.text_weight and model_cfg.text_loss:
         raise ValueError(f"mask {model_cfg.mask} shows text what it should predict: it needs --text_weight 0")
     if init:
         load_model(init, model).train()
+    if cfg.init_lm and cfg.init_lm_weights and not resumed:
+        load_lm(cfg.init_lm, model)
     n_params = sum(w.numel() for w in model.parameters())
     scaler = make_scaler(model, cfg, p, precision)
     forward = parallelize(model, p, cfg, precision, scaler)
@@ -213,6 +257,10 @@ def main():
         meta = load_state(out, model, ema, optimizer, scaler)
         start, earlier_cut = meta["step"], meta["n_cut"]
     config = {"kind": "prior", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
+    if cfg.text_encoder:
+        config["text_encoder"] = {"folder": str(Path(cfg.text_encoder).resolve()), "hash": text.hash}
+    if resumed and read_config(out).get("text_encoder", {}).get("hash") != (text.hash if cfg.text_encoder else None):
+        raise ValueError(f"--resume cannot change what reads the captions of {out}; use another --out")
     p.say(
         f"{len(train_set)} training and {len(val_set)} validation pictures; {text.n_vocab} text tokens; "
         f"{model_cfg.text_len}+{model_cfg.n_image} positions; {n_params / 1e6:.2f} M parameters; {precision} on "

@@ -52,6 +52,19 @@ def load_tensors(path, tensors=True):
         raise ValueError(f"{path} cannot be read as safetensors: {e}") from e
 
 
+def read_hf(folder):
+    """Yields (name, tensor) of a folder in the Hugging Face layout: model.safetensors, or its shards and their index."""
+    index = Path(folder, "model.safetensors.index.json")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else None
+        for name in names or ["model.safetensors"]:
+            with safe_open(Path(folder, name), "pt") as f:
+                for k in f.keys():
+                    yield k, f.get_tensor(k)
+    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as e:
+        raise ValueError(f"the weights in {folder} cannot be read as safetensors, whole or in shards: {e}") from e
+
+
 def read_config(folder):
     """config.json of a checkpoint folder.  ValueError if there is none."""
     path = Path(folder, "config.json")

@@ -94,13 +94,14 @@ class BlockScaler:
 
     def __init__(self, model, p):
         self.p, self.low, self.high = p, p.world * 2.0**7, p.world * 2.0**24
-        self.scales = torch.full((len(model.blocks),), p.world * 2.0**13, device=p.device)
+        self.scales = torch.full((len(model.all_blocks()),), p.world * 2.0**13, device=p.device)
         self.model, model.block_scales = model, self.scales
-        self.updates, self.skips, self.divided = 0, 0, [-125] * len(model.blocks)  # divided: the last time, in updates
+        self.updates, self.skips = 0, 0
+        self.divided = [-125] * len(self.scales)  # the last time each was, in updates
 
     def parts(self):
         """The parameters of each block, and of the rest."""
-        blocks = [[*block.parameters()] for block in self.model.blocks]
+        blocks = [[*block.parameters()] for block in self.model.all_blocks()]
         inside = {w for part in blocks for w in part}
         return [*blocks, [w for w in self.model.parameters() if w not in inside]]
 

@@ -11,15 +11,15 @@ K head size, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minit2i.attention import Layout, attend
-from minit2i.fp16 import ALPHA, PBLayerNorm, branch, shrink_gradient
+from minit2i.attention import Layout, attend, dense
+from minit2i.fp16 import ALPHA, Enter, PBLayerNorm, branch, shrink_gradient
 from minit2i.masks import layer_masks
 
 
@@ -35,7 +35,11 @@ class GPTConfig:
         str, "which positions see which: a name of masks.py, several that layers take in turn, or dalle"
     ] = "full"
     window: Annotated[int, "side of the crop that the window mask sees, in codes"] = 8
-    pos: Annotated[str, "positions: learned (text, row, column), or 2-D rotary", ("learned", "rotary")] = "learned"
+    pos: Annotated[
+        str,
+        "positions: learned (text, row, column), 2-D rotary, or rotary along the sequence as language models have them",
+        ("learned", "rotary", "sequence"),
+    ] = "learned"
     norm: Annotated[str, "normalisation; PB-Relax: see fp16.py", ("layernorm", "rmsnorm", "pb_layernorm")] = "rmsnorm"
     mlp: Annotated[str, "feed-forward layer", ("gelu", "swiglu")] = "swiglu"
     qk_norm: Annotated[bool, "normalise queries and keys per head"] = True
@@ -43,11 +47,19 @@ class GPTConfig:
     sandwich: Annotated[bool, "a norm after each branch, too (CogView's Sandwich-LN)"] = False
     embed_grad: Annotated[float, "share of its gradient that the embedding gets; CogView: 0.1"] = 1.0
     fp32_logits: Annotated[bool, "heads in float32 also under fp16 and bf16 (DALL-E)"] = False
+    n_encoder: Annotated[
+        int, "blocks of a text encoder that the n_layer decoder blocks look at (Parti); 0: caption and codes in one"
+    ] = 0
     dropout: Annotated[float, "dropout on embeddings and on both branches of each block"] = 0.0
     n_vocab: int = 0
     n_codes: int = 0
     grid_h: int = 0
     grid_w: int = 0
+    n_kv_head: int = 0  # heads of keys and values, each for several of queries; 0: as many
+    mlp_inner: int = 0  # width inside the feed-forward layer; 0: as usual for its kind
+    rope_base: float = 10000.0  # of --pos sequence
+    norm_eps: float = 1e-6
+    n_states: int = 0  # width of a frozen text encoder's states, which stand in the place of text ids; 0: ids
 
     @property
     def n_image(self):
@@ -57,10 +69,19 @@ class GPTConfig:
     def length(self):
         return self.text_len + self.n_image
 
+    @property
+    def sequence(self):
+        """The config of the sequence that codes stand in: behind the caption, or behind one begin mark."""
+        return replace(self, text_len=1) if self.n_encoder else self
+
+    @property
+    def text_loss(self):
+        """Whether text is predicted too: not if it has an encoder of its own."""
+        return not (self.n_encoder or self.n_states)
+
 
 # The papers' sizes, and smaller ones: train_prior.py --model_size NAME; flags beside it win.  What comes from tokenizer and
-# text model (the last four) serves --plan only.  Parti's priors are encoders and decoders; here one decoder of their width has
-# the layers of both.
+# text model (the last four) serves --plan only.
 
 _LARGE = dict(norm="layernorm", mlp="gelu", qk_norm=False, n_codes=8192, grid_h=32, grid_w=32)
 _PARTI = _LARGE | dict(text_len=128, mask="conv", n_vocab=16000)  # 2206.10789 sec. 3.1, table 1
@@ -75,10 +96,10 @@ SIZES = {
     "cogview-4b": _LARGE  # 2105.13290 sec. 2.2, 2.4
     | dict(n_layer=48, n_head=40, n_embd=2560, text_len=64, n_vocab=50000)
     | dict(norm="pb_layernorm", pb_relax=True, sandwich=True, embed_grad=0.1),
-    "parti-350m": _PARTI | dict(n_layer=24, n_head=16, n_embd=1024),
-    "parti-750m": _PARTI | dict(n_layer=48, n_head=16, n_embd=1024),
-    "parti-3b": _PARTI | dict(n_layer=48, n_head=32, n_embd=2048),
-    "parti-20b": _PARTI | dict(n_layer=80, n_head=64, n_embd=4096),
+    "parti-350m": _PARTI | dict(n_encoder=12, n_layer=12, n_head=16, n_embd=1024),
+    "parti-750m": _PARTI | dict(n_encoder=12, n_layer=36, n_head=16, n_embd=1024),
+    "parti-3b": _PARTI | dict(n_encoder=12, n_layer=36, n_head=32, n_embd=2048),
+    "parti-20b": _PARTI | dict(n_encoder=16, n_layer=64, n_head=64, n_embd=4096),
 }
 
 
@@ -86,13 +107,19 @@ SIZES = {
 
 
 def rotary_tables(cfg):
-    """Angles of 2-D rotary positions: cos, sin (L, K/2).
+    """Angles of rotary positions: cos, sin (L, K/2).
+
+    --pos sequence: position n turns pair i by n * base^(-2i/K).  --pos rotary is 2-D:
 
     RoPE, arXiv:2104.09864, half of the frequencies turning with the row and half with the column.
     Text lies on the diagonal before the grid's corner: token t at (t-T, t-T), as in M-RoPE,
     arXiv:2409.12191 sec. 2.1 (there text and picture order are reversed).
     Not the default: priors with learned positions came to follow captions sooner (README, "Positions and patches").
     """
+    if cfg.pos == "sequence":
+        half = cfg.n_embd // cfg.n_head // 2
+        angle = torch.arange(cfg.length).float()[:, None] * cfg.rope_base ** (-torch.arange(half).float() / half)
+        return angle.cos(), angle.sin()
     half = cfg.n_embd // cfg.n_head // 4  # frequencies per axis
     text = torch.arange(-cfg.text_len, 0).float()
     n = torch.arange(cfg.n_image)
@@ -131,7 +158,7 @@ class RMSNorm(nn.RMSNorm):
 
 def make_norm(cfg, width):
     if cfg.norm == "rmsnorm":
-        return RMSNorm(width, eps=1e-6)
+        return RMSNorm(width, eps=cfg.norm_eps)
     return nn.LayerNorm(width) if cfg.norm == "layernorm" else PBLayerNorm(width)
 
 
@@ -157,12 +184,13 @@ class Head(Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: x (B, S, D) -> (B, S, D)."""
+    """Multi-head self-attention: x (B, S, D) -> (B, S, D).  Grouped queries: arXiv:2305.13245 sec. 2.2."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.head_size = cfg, cfg.n_embd // cfg.n_head
-        self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.n_kv = cfg.n_kv_head or cfg.n_head
+        self.qkv = Linear(cfg.n_embd, (cfg.n_head + 2 * self.n_kv) * self.head_size)
         self.out = Linear(cfg.n_embd, cfg.n_embd)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
@@ -170,14 +198,17 @@ class Attention(nn.Module):
     def forward(self, x, layout, start, rope, kv):
         """Positions start ... start+S-1.  kv: this layer's cache (keys, values), each (B, H, L, K), written here."""
         b, s, d = x.shape
-        q, k, v = self.qkv(x).reshape(b, s, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)  # 3 x (B, H, S, K)
+        heads = self.qkv(x).reshape(b, s, -1, self.head_size).transpose(1, 2)  # (B, H + 2 of keys and values, S, K)
+        q, k, v = heads.split((self.cfg.n_head, self.n_kv, self.n_kv), 1)
         if self.cfg.qk_norm:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rope is not None:
-            q, k = rotate(torch.stack([q, k]), *rope)
+            q, k = rotate(torch.cat([q, k], 1), *rope).split((self.cfg.n_head, self.n_kv), 1)
         if kv is not None:
             kv[0][:, :, start : start + s], kv[1][:, :, start : start + s] = k, v
             k, v = kv[0][:, :, : start + s], kv[1][:, :, : start + s]
+        if self.n_kv < self.cfg.n_head:
+            k, v = (x.repeat_interleave(self.cfg.n_head // self.n_kv, 1) for x in (k, v))
         y = attend(q, k, v, layout, start, ALPHA if self.cfg.pb_relax else None)
         return self.out(y.transpose(1, 2).reshape(b, s, d))
 
@@ -188,7 +219,7 @@ class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.gated = cfg.mlp == "swiglu"
-        inner = round(cfg.n_embd * 8 / 3 / 32) * 32 if self.gated else 4 * cfg.n_embd
+        inner = cfg.mlp_inner or (round(cfg.n_embd * 8 / 3 / 32) * 32 if self.gated else 4 * cfg.n_embd)
         self.up = Linear(cfg.n_embd, 2 * inner if self.gated else inner)
         self.down = Linear(inner, cfg.n_embd)
 
@@ -200,45 +231,116 @@ class MLP(nn.Module):
         return self.down(F.gelu(x, approximate="tanh"))
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block: x (B, S, D) -> (B, S, D).  Sandwich-LN (CogView sec. 2.4): x + norm(branch(norm(x)))."""
+class CrossAttention(nn.Module):
+    """Attention to the encoder's states: x (B, S, D), memory (B, T, D) -> (B, S, D)."""
 
     def __init__(self, cfg):
+        super().__init__()
+        self.head_size, self.qk_norm = cfg.n_embd // cfg.n_head, cfg.qk_norm
+        self.alpha = ALPHA if cfg.pb_relax else None
+        self.q, self.kv = Linear(cfg.n_embd, cfg.n_embd), Linear(cfg.n_embd, 2 * cfg.n_embd)
+        self.out = Linear(cfg.n_embd, cfg.n_embd)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
+
+    def forward(self, x, memory, kv):
+        """kv: this layer's cache, whose third and fourth are the memory's keys and values (B, H, T, K).
+
+        They are written here if memory is given, else read.
+        """
+        q = self.q(x).unflatten(2, (-1, self.head_size)).transpose(1, 2)  # (B, H, S, K)
+        if memory is None:
+            k, v = kv[2:]
+        else:
+            k, v = self.kv(memory).unflatten(2, (2, -1, self.head_size)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, T, K)
+            k = self.k_norm(k).to(v.dtype) if self.qk_norm else k
+            if kv is not None:
+                kv[2].copy_(k), kv[3].copy_(v)
+        q = self.q_norm(q).to(v.dtype) if self.qk_norm else q
+        return self.out(dense(q, k, v, alpha=self.alpha).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x (B, S, D) -> (B, S, D).  Sandwich-LN (CogView sec. 2.4): x + norm(branch(norm(x))).
+
+    cross: with attention to memory (B, T, D) in between.
+    """
+
+    def __init__(self, cfg, cross=False):
         super().__init__()
         self.norm1, self.attn = make_norm(cfg, cfg.n_embd), Attention(cfg)
         self.norm2, self.mlp = make_norm(cfg, cfg.n_embd), MLP(cfg)
         self.after1, self.after2 = (make_norm(cfg, cfg.n_embd) if cfg.sandwich else nn.Identity() for _ in range(2))
+        self.cross = CrossAttention(cfg) if cross else None
+        if cross:
+            self.norm_cross = make_norm(cfg, cfg.n_embd)
+            self.after_cross = make_norm(cfg, cfg.n_embd) if cfg.sandwich else nn.Identity()
         self.drop = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
-    def forward(self, x, layout, start=0, rope=None, kv=None, scale=None):
+    def forward(self, x, layout, start=0, rope=None, kv=None, scale=None, memory=None):
         """scale: of this block's gradients, a tensor (see BlockScaler)."""
 
         def attention(x):
             return self.drop(self.after1(self.attn(self.norm1(x), layout, start, rope, kv)))
 
+        def cross(x):
+            seen = memory if memory is None or scale is None else Enter.apply(memory, scale)
+            return self.drop(self.after_cross(self.cross(self.norm_cross(x), seen, kv)))
+
         def mlp(x):
             return self.drop(self.after2(self.mlp(self.norm2(x))))
 
         x = x + branch(attention, x, scale)
+        if self.cross is not None:
+            x = x + branch(cross, x, scale)
         return x + branch(mlp, x, scale)
 
 
 # --- the model -----------------------------------------------------------------------------------------
 
 
+class Encoder(nn.Module):
+    """The caption by itself, every position seeing all: (B, T, D) -> (B, T, D), normalised.  Parti, arXiv:2206.10789."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.layout = Layout("none", replace(cfg, text_len=0, grid_h=1, grid_w=cfg.text_len))
+        if cfg.pos == "learned":
+            self.pos = nn.Parameter(torch.empty(cfg.text_len, cfg.n_embd))
+        else:
+            cos, sin = rotary_tables(cfg)
+            self.register_buffer("rope_cos", cos[: cfg.text_len], persistent=False)
+            self.register_buffer("rope_sin", sin[: cfg.text_len], persistent=False)
+        self.learned, self.drop = cfg.pos == "learned", nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_encoder))
+        self.norm = make_norm(cfg, cfg.n_embd)
+
+    def forward(self, x, scales):
+        """scales: of each block's gradients, or None."""
+        x = self.drop(x + self.pos if self.learned else x)
+        rope = None if self.learned else (self.rope_cos, self.rope_sin)
+        for i, block in enumerate(self.blocks):
+            x = block(x, self.layout, rope=rope, scale=None if scales is None else scales[i])
+        return self.norm(x)
+
+
 class GPT(nn.Module):
     """Caption and codes as one sequence, one embedding, a head for each kind.
 
     Token ids: text [0, n_vocab), pad of text position t: n_vocab + t, code c: n_vocab + T + c.
+    With n_encoder the caption goes through an encoder of its own, and the sequence is one begin mark and the codes;
+    every block then also looks at the encoder's states (Parti, arXiv:2206.10789 sec. 2.2).
     """
 
     def __init__(self, cfg):
         super().__init__()
-        masks = layer_masks(cfg)
+        masks, sequence = layer_masks(cfg), cfg.sequence
         if cfg.n_embd % cfg.n_head:
             raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
         if cfg.pos == "rotary" and cfg.n_embd // cfg.n_head % 4:
             raise ValueError(f"2-D rotary positions need a head size that 4 divides, not {cfg.n_embd // cfg.n_head}")
+        if cfg.pos == "sequence" and cfg.n_embd // cfg.n_head % 2:
+            raise ValueError(f"rotary positions need an even head size, not {cfg.n_embd // cfg.n_head}")
         if cfg.text_len < 3:
             raise ValueError(f"text_len {cfg.text_len} has no room for a word between its two marks; use 3 or more")
         if not 0 < cfg.embed_grad <= 1:
@@ -248,25 +350,31 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes, cfg.n_embd)
         if cfg.pos == "learned":
-            self.pos_text = nn.Parameter(torch.empty(cfg.text_len, cfg.n_embd))
+            self.pos_text = nn.Parameter(torch.empty(sequence.text_len, cfg.n_embd))
             self.pos_row = nn.Parameter(torch.empty(cfg.grid_h, 1, cfg.n_embd))
             self.pos_column = nn.Parameter(torch.empty(1, cfg.grid_w, cfg.n_embd))
         else:
-            cos, sin = rotary_tables(cfg)
+            cos, sin = rotary_tables(sequence)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         self.drop = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.layouts = nn.ModuleDict({name: Layout(name, cfg) for name in sorted(set(masks))})
+        if cfg.n_encoder:
+            self.encoder, self.begin = Encoder(cfg), nn.Parameter(torch.empty(1, 1, cfg.n_embd))
+        self.blocks = nn.ModuleList(Block(cfg, cross=cfg.n_encoder > 0) for _ in range(cfg.n_layer))
+        self.layouts = nn.ModuleDict({name: Layout(name, sequence) for name in sorted(set(masks))})
         self.masks = masks  # of each layer, a key of layouts
         self.text_ahead = any(layout.text_ahead for layout in self.layouts.values())
         self.image_ahead = any(layout.image_ahead for layout in self.layouts.values())
         self.norm = make_norm(cfg, cfg.n_embd)
-        self.text_head, self.image_head = Head(cfg, cfg.n_vocab), Head(cfg, cfg.n_codes)
-        self.block_scales = None  # (n_layer,) of gradients, from a BlockScaler
+        if cfg.n_states:  # linear projection: Muse, arXiv:2301.00704 sec. 2.1
+            self.text_in = Linear(cfg.n_states, cfg.n_embd)
+        if cfg.text_loss:
+            self.text_head = Head(cfg, cfg.n_vocab)
+        self.image_head = Head(cfg, cfg.n_codes)
+        self.block_scales = None  # (n_encoder + n_layer,) of gradients, from a BlockScaler
         for name, p in self.named_parameters():  # GPT-2: 0.02, less where branches join the residual stream
             if p.dim() >= 2:
-                joins = name.endswith(("attn.out.weight", "mlp.down.weight"))
+                joins = name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if joins else 0.02)
 
     def positions(self):
@@ -274,14 +382,40 @@ class GPT(nn.Module):
         grid = (self.pos_row + self.pos_column).flatten(0, 1)  # (N, D)
         return torch.cat([self.pos_text, grid])
 
+    def embed(self, text):
+        """text (B, T) ids, or (B, T, W) states of a frozen encoder with zeros for pads -> (B, T, D).
+
+        A pad is a token of its own for each position either way.
+        """
+        if not self.cfg.n_states:
+            return self.embedding(text)
+        pads = self.embedding.weight[self.cfg.n_vocab :][: text.shape[1]]  # (T, D)
+        return torch.where(text.any(-1, keepdim=True), self.text_in(text.to(self.text_in.weight.dtype)), pads)
+
+    def read(self, text):
+        """text, as `embed` takes it -> what stands before the codes (B, P, D), and the memory (B, T, D) or None."""
+        x = self.embed(text)
+        if not self.cfg.n_encoder:
+            return x, None
+        memory = self.encoder(shrink_gradient(x, self.cfg.embed_grad), self.block_scales)
+        return self.begin.expand(len(x), 1, -1), memory
+
+    def all_blocks(self):
+        """The encoder's blocks, if any, and the others."""
+        return [*(self.encoder.blocks if self.cfg.n_encoder else ()), *self.blocks]
+
     def code_ids(self, codes):
         """codes (B, N) -> token ids (B, N)."""
         return codes + self.cfg.n_vocab + self.cfg.text_len
 
-    def trunk(self, ids, start=0, cache=None):
-        """ids (B, S) of positions start ... start+S-1 -> hidden states (B, S, D), normalised."""
+    def trunk(self, ids, start=0, cache=None, memory=None):
+        """Positions start ... start+S-1 -> hidden states (B, S, D), normalised.
+
+        ids (B, S), or embedded already (B, S, D); memory (B, T, D) from the encoder, if any; the cache keeps it.
+        """
         stop = start + ids.shape[1]
-        x = shrink_gradient(self.embedding(ids), self.cfg.embed_grad)  # (B, S, D)
+        x = ids if ids.is_floating_point() else self.embedding(ids)  # (B, S, D)
+        x = shrink_gradient(x, self.cfg.embed_grad)
         rope = None
         if self.cfg.pos == "learned":
             table = self.positions() if cache is None else cache.positions
@@ -291,19 +425,22 @@ class GPT(nn.Module):
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             kv = None if cache is None else cache.kv[i]
-            scale = None if self.block_scales is None else self.block_scales[i]
-            x = block(x, self.layouts[self.masks[i]], start, rope, kv, scale)
+            scale = None if self.block_scales is None else self.block_scales[self.cfg.n_encoder + i]
+            x = block(x, self.layouts[self.masks[i]], start, rope, kv, scale, memory)
         return self.norm(x)
 
     def logits(self, text, codes):
-        """text (B, T), codes (B, N) -> text logits (B, T-1, V) for text 1...T-1, image logits (B, N, n_codes).
+        """text, as `embed` takes it, codes (B, N) -> text logits (B, T-1, V) for text 1...T-1, or None; image logits
+        (B, N, n_codes).
 
         ValueError if the mask shows codes that are to be predicted.
         """
         self.check_causal()
-        t = self.cfg.text_len
-        x = self.trunk(torch.cat([text, self.code_ids(codes)], 1))  # (B, L, D); the last code predicts nothing
-        return self.text_head(x[:, : t - 1]), self.image_head(x[:, t - 1 : -1])
+        before, memory = self.read(text)
+        p = before.shape[1]
+        x = torch.cat([before, self.embedding(self.code_ids(codes))], 1)  # (B, P+N, D); the last predicts nothing
+        x = self.trunk(x, memory=memory)
+        return self.text_head(x[:, : p - 1]) if self.cfg.text_loss else None, self.image_head(x[:, p - 1 : -1])
 
     def check_causal(self):
         if self.image_ahead:
@@ -315,28 +452,35 @@ class GPT(nn.Module):
     def forward(self, text, codes):
         """Training pass -> summed cross-entropies: text (), image (), in float32, in nats.
 
-        Text counts up to its end mark: pads are no targets, and nothing is where text sees itself ahead (prefix).
+        Text counts up to its end mark: pads are no targets, and nothing is where text sees itself ahead (prefix) or
+        has an encoder.
         Sums, so that the caller can average over all parts of a batch.
         """
         text_logits, image_logits = self.logits(text, codes)
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten(), reduction="sum")
+        if not self.cfg.text_loss:
+            return torch.zeros_like(image_loss), image_loss
         target = text[:, 1:].masked_fill(text[:, 1:] >= (0 if self.text_ahead else self.cfg.n_vocab), -100)
         text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten(), reduction="sum")
         return text_loss, image_loss
 
     def n_text_targets(self, text):
         """How many terms the text loss of this batch has."""
+        if not self.cfg.text_loss:
+            return torch.zeros((), dtype=torch.long, device=text.device)
         return (text[:, 1:] < (0 if self.text_ahead else self.cfg.n_vocab)).sum()
 
 
 class Cache:
-    """Keys and values of each layer, (B, H, L, K), allocated once; and the position table."""
+    """Keys and values of each layer, (B, H, L, K), and of the encoder's states, (B, H, T, K); and the position table."""
 
     def __init__(self, model, batch, length):
         model.check_causal()
         cfg, weight = model.cfg, model.embedding.weight
-        shape = (batch, cfg.n_head, length, cfg.n_embd // cfg.n_head)
-        self.kv = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(cfg.n_layer)]
+        own, memory = (cfg.n_kv_head or cfg.n_head, length), (cfg.n_head, cfg.text_len)
+        shapes = (own, own, memory, memory) if cfg.n_encoder else (own, own)
+        size = cfg.n_embd // cfg.n_head
+        self.kv = [tuple(weight.new_zeros(batch, *shape, size) for shape in shapes) for _ in range(cfg.n_layer)]
         self.positions = model.positions() if cfg.pos == "learned" else None
 
     def spread(self, model, rows, length):

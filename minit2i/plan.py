@@ -18,7 +18,7 @@ def n_params(cfg):
     parts = {"blocks": 0, "embeddings": 0, "heads": 0}
     for name, w in model.named_parameters():
         part = name.partition(".")[0]
-        parts["blocks" if part == "blocks" else "heads" if part.endswith("head") else "embeddings"] += w.numel()
+        parts["blocks" if "blocks." in name else "heads" if part.endswith("head") else "embeddings"] += w.numel()
     return parts
 
 
@@ -28,12 +28,21 @@ def training_flops(cfg):
     Attention is counted over the pairs that the masks show; nothing for recomputed activations.
     """
     with torch.device("meta"):
-        block = GPT(replace(cfg, mask="full", n_layer=1)).blocks[0]
-    weights = cfg.n_layer * sum(w.numel() for w in block.parameters() if w.dim() == 2)
-    heads = (cfg.text_len - 1) * cfg.n_embd * cfg.n_vocab + cfg.n_image * cfg.n_embd * cfg.n_codes
+        model = GPT(replace(cfg, mask="full", n_layer=1, n_encoder=min(1, cfg.n_encoder)))
+
+    def matrices(module):
+        return sum(w.numel() for w in module.parameters() if w.dim() == 2)
+
+    block, length, t = model.blocks[0], cfg.sequence.length, cfg.text_len
     masks = layer_masks(cfg)
-    pairs = sum(masks.count(name) * int(Layout(name, cfg).dense.sum()) for name in set(masks))
-    return 3 * 2 * (cfg.length * weights + heads + 2 * cfg.n_embd * pairs)
+    pairs = sum(masks.count(name) * int(Layout(name, cfg.sequence).dense.sum()) for name in set(masks))
+    work = cfg.n_layer * length * matrices(block)
+    if cfg.n_encoder:
+        memory = matrices(block.cross.kv)  # read at the text's positions
+        work += cfg.n_layer * (t - length) * memory + cfg.n_encoder * t * matrices(model.encoder.blocks[0])
+        pairs += cfg.n_layer * length * t + cfg.n_encoder * t * t
+    heads = cfg.n_image * cfg.n_embd * cfg.n_codes + (t - 1) * cfg.n_embd * cfg.n_vocab * cfg.text_loss
+    return 3 * 2 * (work + heads + 2 * cfg.n_embd * pairs)
 
 
 def activation_bytes(cfg, precision):
@@ -73,9 +82,17 @@ def plan(cfg, train_cfg, precision, world):
     """-> lines of text.  cfg must know its vocabularies and grid; train_cfg: train_prior.py's config."""
     parts, half = n_params(cfg), BYTES[precision]
     total, shards = sum(parts.values()), world if train_cfg.strategy == "fsdp" else 1
-    outside, block = parts["embeddings"] + parts["heads"], parts["blocks"] / cfg.n_layer
+    outside, block = parts["embeddings"] + parts["heads"], parts["blocks"] / (cfg.n_layer + cfg.n_encoder)
     sequences = train_cfg.batch_size / world / train_cfg.accum
     layer = activation_bytes(cfg, precision)
+    if cfg.n_encoder:  # its blocks are shorter; a decoder block's share of the rest is taken as its own
+        layer += (
+            activation_bytes(replace(cfg, n_encoder=0), precision)
+            * cfg.text_len
+            / cfg.length
+            * cfg.n_encoder
+            / cfg.n_layer
+        )
     entering = cfg.length * cfg.n_embd * 4  # a float32 residual stream
     logits = 4 * (cfg.text_len * cfg.n_vocab + cfg.n_image * cfg.n_codes)
     kept = cfg.n_layer * entering + layer if train_cfg.checkpoint_activations else cfg.n_layer * layer

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from minit2i.checkpoint import load_model, read_config
 from minit2i.gpt import GPT, Cache, GPTConfig
+from minit2i.t5 import T5Text, folder_hash
 from minit2i.tokens import Text
 from minit2i.train import pick
 from minit2i.vq import VQ, VQConfig
@@ -97,13 +98,13 @@ def guide(conditional, unconditional, scale):
 def generate(model, text, empty, cfg, first=None, progress=None):
     """Draw codes for P prompts, cfg.n pictures each, one code at a time.
 
-    text (P, T) ids; empty (T,) ids of the empty caption, for guidance; first (P*n, m) codes that are
+    text (P, T) ids, or (P, T, W) states; empty (T,) ids of the empty caption, or its states, for guidance; first (P*n, m) codes that are
     given (the first rows of a picture to finish) -> codes (P*n, N).  Picture i of each prompt is drawn
     with seed cfg.seed + i, whatever else is in the batch.
     """
     c, device = model.cfg, text.device
     guided = cfg.cfg_scale != 1
-    b, t, n_image = len(text) * cfg.n, c.text_len, c.n_image
+    b, t, n_image = len(text) * cfg.n, c.sequence.text_len, c.n_image
     m = 0 if first is None else first.shape[1]
     noise = [torch.rand(n_image, generator=torch.Generator().manual_seed(cfg.seed + i)) for i in range(cfg.n)]
     noise = torch.stack(noise).repeat(len(text), 1).to(device).t().contiguous()  # (N, B)
@@ -113,7 +114,8 @@ def generate(model, text, empty, cfg, first=None, progress=None):
         text = torch.cat([text, empty[None]])
         rows = torch.cat([rows, rows.new_full((b,), len(text) - 1)])  # (2B,)
     prompt_cache = Cache(model, len(text), t)
-    hidden = model.trunk(text, 0, prompt_cache)[:, -1:][rows]  # (2B, 1, D): predicts code 0
+    before, memory = model.read(text)
+    hidden = model.trunk(before, 0, prompt_cache, memory)[:, -1:][rows]  # (2B, 1, D): predicts code 0
     cache = prompt_cache.spread(model, rows, t + n_image - 1)
     codes = torch.empty(b, n_image, dtype=torch.long, device=device)
     if m:
@@ -154,6 +156,19 @@ def load_vq(folder, device="cpu"):
     return load_model(folder, VQ(pick(VQConfig, config["model"]))).to(device).requires_grad_(False)
 
 
+def load_text(folder, config, device):
+    """What reads the captions of the prior in `folder`: its own text model, or the frozen encoder it was trained with."""
+    length, encoder = config["model"]["text_len"], config.get("text_encoder")
+    if not encoder:
+        return Text(Path(folder, "text.model").read_bytes(), length)
+    if not Path(encoder["folder"], "config.json").exists() or folder_hash(encoder["folder"]) != encoder["hash"]:
+        raise ValueError(
+            f"{folder} reads its captions with the text encoder {encoder['hash']}, which is not in {encoder['folder']}; "
+            "put it there, or name its folder under text_encoder in config.json"
+        )
+    return T5Text(encoder["folder"], length, device)
+
+
 class Painter:
     """A prior's checkpoint folder, ready to draw: its tokenizer, its text model, its sizes."""
 
@@ -173,12 +188,12 @@ class Painter:
             other = self.vq.quantizer.codebook
             if other.shape != own.shape or not torch.allclose(other, own, rtol=1e-2, atol=1e-3):  # float16 copies pass
                 raise ValueError(f"the codes of {vq} are not those of {folder}; use one finetuned from its tokenizer")
-        self.text = Text(Path(folder, "text.model").read_bytes(), self.prior.cfg.text_len)
+        self.text = load_text(folder, config, self.device)
         self.hash = file_hash(Path(folder, "model.safetensors"))
         self.size = tuple(s * self.vq.cfg.stride for s in (self.prior.cfg.grid_h, self.prior.cfg.grid_w))
 
     def ids(self, prompts):
-        """prompts -> ids (P, T)."""
+        """prompts -> ids (P, T), or states (P, T, W)."""
         return torch.stack([self.text.encode(prompt) for prompt in prompts]).to(self.device)
 
     def codes(self, prompts, cfg, first=None, progress=None):

@@ -27,6 +27,8 @@ class Text:
     for each text position (DALL-E, arXiv:2102.12092 sec. 2.2): id n_vocab + t.
     """
 
+    fixed = False  # whether an entry's captions must be the same at every look
+
     def __init__(self, proto, length):
         self.proto, self.length = proto, length  # proto: bytes of the SentencePiece model
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -209,7 +211,7 @@ class CodeCache:
 
 
 class Coded(torch.utils.data.Dataset):
-    """Position p -> (text ids (T,), codes (N,), 1 if the caption was cut).
+    """Position p -> (text ids (T,), or a frozen encoder's states (T, W); codes (N,); 1 if the caption was cut).
 
     seed None: entries in order, first crop and caption, nothing dropped (validation).
     bpe_dropout: DALL-E, arXiv:2102.12092 sec. 2.2.  cond_drop: the caption is replaced by the empty
@@ -232,7 +234,7 @@ class Coded(torch.utils.data.Dataset):
         row = int(self.rows[p % len(self.rows)]) if self.order is None else self.order[p]
         rng = None if self.seed is None else np.random.default_rng((self.seed, p))
         try:
-            lines = self.source.captions(int(self.indices[row]), rng)
+            lines = self.source.captions(int(self.indices[row]), None if self.text.fixed else rng)
         except BadEntry:  # gone since the cache was made: as if dropped
             lines = [""]
         crops, before = self.cache.codes[row], self.text.n_cut

@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from minit2i.checkpoint import has_state, read_config, write_file
+from minit2i.recipes import defaults, explain
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TrainConfig:
     """How to train; each script has defaults of its own for some of these."""
 
     out: Annotated[str, "folder of this run"]
+    recipe: Annotated[str, "a paper's choices as defaults, named below"] = ""
     resume: Annotated[bool, "continue the run in --out (or start it, if there is none yet)"] = False
     init: Annotated[str, "start from this checkpoint folder's model (a run's, or an exported one), for finetuning"] = ""
     steps: Annotated[int, "optimizer steps"] = 5000
@@ -95,16 +97,22 @@ def pick(config, values):
 
 
 def parse_flags(doc, model, data, train, argv=None):
-    """argv -> a config of each of the three dataclasses.
+    """argv -> a config of each of the three dataclasses.  --recipe replaces their defaults (see recipes.py).
 
     With --resume the run's own config.json replaces the defaults, with --init (see `base`) the model's part of that one's,
     so that no flag needs retyping.  ValueError if a flag would change the model of a resumed run.
     """
+    configs = (train, data, model)
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=doc,
+        epilog=explain(configs).replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    for config in (train, data, model):
+    for config in configs:
         add_flags(parser, config)
+    first_cfg = pick(train, parser.parse_args(argv))
+    parser.set_defaults(**defaults(first_cfg.recipe, configs))
     args = parser.parse_args(argv)
     resumed, named = args.resume and has_state(args.out), pick(train, args).named
     parser.set_defaults(**named)
