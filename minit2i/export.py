@@ -20,6 +20,8 @@ PRIVATE = (
     "finetune_decoder",
     "super_resolution",
     "vgg",
+    "text_encoder",
+    "init_lm",
     "device",
     "val_data",
 )  # settings that say where a run was, not what it was
@@ -31,10 +33,13 @@ def export(folder, out):
     for part in ("train", "data"):
         config[part] = {k: v for k, v in config[part].items() if k not in PRIVATE}
     config["data"]["data"] = Path(config["data"]["data"]).name
+    if "text_encoder" in config:  # too large to copy; it is known by its hash, wherever it is
+        config["text_encoder"]["folder"] = Path(config["text_encoder"]["folder"]).name
     tensors, _ = load_tensors(Path(folder, "model.safetensors"))
     save_model(out, tensors, config, torch.float16)
     if config["kind"] == "prior":
-        write_file(Path(out, "text.model"), Path(folder, "text.model").read_bytes())
+        if "text_encoder" not in config:
+            write_file(Path(out, "text.model"), Path(folder, "text.model").read_bytes())
         export(Path(folder, "vq"), Path(out, "vq"))
 
 

@@ -16,6 +16,7 @@ from test_train import PRIOR_FLAGS, call, losses, pictures, vq  # noqa: F401 (fi
 
 import sample
 import train_prior
+from minit2i.export import export
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.sample import Painter, SampleConfig
 from minit2i.t5 import T5Text, load_t5
@@ -186,6 +187,9 @@ def test_a_prior_on_t5_from_end_to_end(folder, pictures, vq, tmp_path):  # noqa:
     red, blue = (painter.prior.logits(painter.ids([p]), torch.zeros(1, 16, dtype=torch.long))[1] for p in CAPTIONS[:2])
     assert not red.equal(blue)
     assert painter.codes(CAPTIONS[:2], SampleConfig(n=2)).shape == (4, 16)
+    export(tmp_path / "a", tmp_path / "small")
+    with pytest.raises(ValueError, match="is not in t5"):  # the folder's name is left, to be mended in config.json
+        Painter(tmp_path / "small")
     with pytest.raises(ValueError, match="cannot change what reads the captions"):
         config = json.loads((tmp_path / "b" / "config.json").read_text())
         config["text_encoder"]["hash"] = "0"
