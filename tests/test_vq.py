@@ -185,31 +185,32 @@ def free_port():
         return s.getsockname()[1]
 
 
-def update_codebook(rank, world, port, name, z, result):
-    """Ten updates, a restart threshold that bites, each process with its share of every batch."""
+def update_codebooks(rank, world, port, names, z, result):
+    """Ten updates of each, a restart threshold that bites, each process with its share of every batch."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.manual_seed(0)
-    quantizer = QUANTIZERS[name](replace(SMALL, quantizer=name, restart=0.4))
     share = z.chunk(world, 1)[rank]
-    quantizer.start(share[0])
-    for step, batch in enumerate(share):
-        quantizer.update(batch, nearest_code(batch, quantizer.codebook), step)
-    result[rank] = {k: v.numpy() for k, v in quantizer.state_dict().items()}
+    for name in names:
+        torch.manual_seed(0)
+        quantizer = QUANTIZERS[name](replace(SMALL, quantizer=name, restart=0.4))
+        quantizer.start(share[0])
+        for step, batch in enumerate(share):
+            quantizer.update(batch, nearest_code(batch, quantizer.codebook), step)
+        result[rank, name] = {k: v.numpy() for k, v in quantizer.state_dict().items()}
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["ema", "st"])
-def test_two_processes_equal_one_with_the_doubled_batch(name):
+def test_two_processes_equal_one_with_the_doubled_batch():
     """Statistics, k-means start and restarts see the latents of all processes."""
-    z = torch.randn(10, 64, 4)
+    z, names, one = torch.randn(10, 64, 4), ("ema", "st"), {}
+    update_codebooks(0, 1, free_port(), names, z, one)
     with mp.get_context("spawn").Manager() as manager:
-        one, two = manager.dict(), manager.dict()
-        mp.spawn(update_codebook, (1, free_port(), name, z, one), nprocs=1)
-        mp.spawn(update_codebook, (2, free_port(), name, z, two), nprocs=2)
-        for k, v in one[0].items():
-            assert torch.allclose(torch.from_numpy(v), torch.from_numpy(two[0][k]), atol=1e-5), k
-            assert (two[0][k] == two[1][k]).all(), k
+        two = manager.dict()
+        mp.spawn(update_codebooks, (2, free_port(), names, z, two), nprocs=2)
+        for name in names:
+            for k, v in one[0, name].items():
+                assert torch.allclose(torch.from_numpy(v), torch.from_numpy(two[0, name][k]), atol=1e-5), (name, k)
+                assert (two[0, name][k] == two[1, name][k]).all(), (name, k)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
