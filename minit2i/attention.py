@@ -36,7 +36,8 @@ class Layout(torch.nn.Module):
             self.image_ahead = bool(ahead[:, t:].any())  # the same of codes
             self.causal, self.open = dense.equal(at <= at[:, None]), bool(dense.all())
             self.ends = dense.sum(1).cumsum(0).tolist()
-            self.register_buffer("seen", dense.nonzero()[:, 1], persistent=False)  # keys of position 0, of 1, ...
+            seen = at[:0] if self.causal else dense.nonzero()[:, 1]
+            self.register_buffer("seen", seen, persistent=False)  # keys of position 0, of 1, ...
             self.group(dense, at)
 
     def group(self, dense, at):
@@ -64,7 +65,7 @@ class Layout(torch.nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def keys_of(self, position):
-        """The keys that one position sees: (M,)."""
+        """The keys that one position sees, if the mask is not plainly causal: (M,)."""
         return self.seen[self.ends[position - 1] if position else 0 : self.ends[position]]
 
     def block_mask(self, device):
@@ -102,8 +103,8 @@ def attend(q, k, v, layout, start=0, alpha=None):
     """
     s, stop = q.shape[2], k.shape[2]
     if s == 1 and stop > 1:
-        if not layout.causal:
-            seen = layout.keys_of(start)
+        seen = None if layout.causal else layout.keys_of(start)
+        if seen is not None and len(seen) < stop:
             k, v = k.index_select(2, seen), v.index_select(2, seen)
         return dense(q, k, v, alpha=alpha)
     if layout.causal and start == 0:
