@@ -1,103 +1,307 @@
-"""Draw pictures for prompts.
+"""Draw pictures for prompts, or write captions for pictures.
 
 python sample.py --prompt "a large red circle above a small blue square"
-python sample.py --model out/prior --prompt "woman pilot" --n 16 --cfg_scale 3
+python sample.py --model out/prior --prompt "woman pilot" --n 16 --cfg_scale 3 --every 8
 python sample.py --model out/prior --prompts prompts.txt --out out/pictures
 python sample.py --prompt "three green triangles" --image scene.png --keep_rows 4
+python sample.py --model out/masked --prompt "a blue star" --image scene.png --mask hole.png
+python sample.py --model out/prior --prompt "a red dress" --size 64x128
+python sample.py --model out/prior --prompt "a red dress" --enlarge out/sr --times 2
+python sample.py --model out/prior --prompt "a red dress" --best_of 16 --captioner out/captioner
+python sample.py --model out/captioner --caption picture.png
 """
 
 import argparse
+import io
 import json
 import re
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from minit2i.data import BadEntry, crop, grid_image, open_rgb, to_pil
-from minit2i.sample import PRETRAINED, Painter, SampleConfig
+from minit2i.checkpoint import write_file
+from minit2i.data import BadEntry, crop, grid_image, open_rgb, parse_size, to_pil
+from minit2i.sample import PRETRAINED, Bar, Painter, SampleConfig, image_loss, text_loss
 from minit2i.train import add_flags, pick, pick_device, run, save_image
 
 
-def first_codes(painter, path, rows):
-    """The codes (1, rows * w) of the first rows of a picture file."""
-    try:
-        image = crop(open_rgb(path), painter.size)
-    except BadEntry as e:
-        raise ValueError(f"--image {path}: {e}") from None
-    h = painter.prior.cfg.grid_h
-    if not 0 < rows <= h:
-        raise ValueError(f"--keep_rows {rows} is not between 1 and the {h} rows of codes of this model")
-    codes = painter.vq.encode(image[None].to(painter.device))
-    return codes[:, :rows].flatten(1)
-
-
-def main():
+def flags():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]")
-    parser.add_argument(
-        "--vq", default="", help="decode with this tokenizer: a finetuned or enlarging one of the same codes"
-    )
-    parser.add_argument("--prompt", help="what to draw; '' draws without a caption")
-    parser.add_argument("--prompts", help="a text file with one prompt a line")
-    parser.add_argument(
-        "--out", default="sample.png", help="NAME.png for a grid, or a folder for single PNGs [sample.png]"
-    )
-    parser.add_argument("--image", help="a picture to finish: its first --keep_rows rows of codes are kept")
-    parser.add_argument("--keep_rows", type=int, help="rows of codes kept of --image [half of them]")
-    parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time [64]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--half", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 weights")
+    add = parser.add_argument
+    add("--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]")
+    add("--vq", default="", help="decode with this tokenizer: a finetuned or enlarging one of the same codes")
+    add("--prompt", help="what to draw; '' draws without a caption")
+    add("--prompts", help="a text file with one prompt a line; pictures that are there already are not drawn again")
+    add("--caption", help="a picture to write --n captions for, with a prior of --order image")
+    add("--out", default="sample.png", help="NAME.png for a grid, or a folder for single PNGs [sample.png]")
+    add("--size", help="pixels, N or HxW: larger than the model's pictures, drawn in a window that moves")
+    add("--image", help="a picture to finish; with --size and no --mask it is put in the middle, to draw around it")
+    add("--keep_rows", type=int, help="rows of codes kept of --image [half of them, without --mask or --size]")
+    add("--mask", help="a picture that is white where --image is drawn anew")
+    add("--enlarge", help="a prior of --low that enlarges what was drawn, or --image")
+    add("--times", type=int, default=1, help="how often --enlarge enlarges [1]")
+    add("--best_of", type=int, default=0, help="pictures drawn of each prompt, of which the best --n are kept")
+    add("--rerank", default="caploss", choices=("caploss", "likelihood"), help="the score of --best_of [caploss]")
+    add("--captioner", help="the prior of --order image that tells the loss of the caption")
+    add("--every", type=int, default=0, help="an animated PNG of the growing pictures, a frame every so many codes")
+    add("--batch", type=int, default=64, help="pictures drawn at a time [64]")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--half", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 weights")
     add_flags(parser, SampleConfig)
     args = parser.parse_args()
-    if (args.prompt is None) == (args.prompts is None):
-        raise ValueError("give either --prompt or --prompts")
-    if args.keep_rows is not None and not args.image:
-        raise ValueError("--keep_rows needs --image, the picture to finish")
-    cfg = pick(SampleConfig, args)
-    prompts = (
-        [args.prompt]
-        if args.prompts is None
-        else [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    )
-    if not prompts:
-        raise ValueError(f"no prompts in {args.prompts}")
+    check(args)
+    return args
 
-    painter = Painter(args.model, pick_device(args.device), torch.bfloat16 if args.half else torch.float32, args.vq)
-    first = None
-    if args.image:
-        rows = painter.prior.cfg.grid_h // 2 if args.keep_rows is None else args.keep_rows
-        first = first_codes(painter, args.image, rows)
-    settings = asdict(cfg) | (
-        {"image": args.image, "keep_rows": first.shape[1] // painter.prior.cfg.grid_w} if args.image else {}
-    )
-    sheet, out = [], Path(args.out)
-    for k, (prompt, images) in enumerate(painter.paint(prompts, cfg, first, args.batch, bar=True)):
-        if out.suffix.lower() == ".png":
-            sheet.append(images.cpu())
-            continue
-        name = re.sub(r"[^\w]+", "-", prompt)[:60].strip("-") or "picture"
-        for i, image in enumerate(images):
-            save_image(
-                out / f"{k:05d}-{name}-{i}.png",
-                to_pil(image),
-                prompt=prompt,
-                model=painter.hash,
-                settings=json.dumps(settings | {"seed": cfg.seed + i}),
+
+def check(args):
+    """ValueError for flags that do not go together."""
+    if sum(x is not None for x in (args.prompt, args.prompts, args.caption)) != 1:
+        raise ValueError("give one of --prompt, --prompts, --caption")
+    for name in ("keep_rows", "mask"):
+        if getattr(args, name) is not None and not args.image:
+            raise ValueError(f"--{name} needs --image, the picture to finish")
+    if args.keep_rows is not None and (args.mask or args.size):
+        raise ValueError("--keep_rows is for pictures without --mask and --size")
+    if args.best_of and args.best_of < args.n:
+        raise ValueError(f"--best_of {args.best_of} is less than --n {args.n}, the pictures kept")
+    if args.best_of and args.rerank == "caploss" and not args.captioner:
+        raise ValueError("--best_of needs --captioner, a prior of --order image, or --rerank likelihood")
+    if args.captioner and not args.best_of:
+        raise ValueError("--captioner needs --best_of, how many pictures to choose from")
+    if args.batch < 1 or args.times < 1 or args.every < 0:
+        raise ValueError(f"--batch {args.batch}, --times {args.times}: use 1 or more; --every {args.every}: 0 or more")
+    if args.every and (args.best_of or args.n > args.batch):
+        raise ValueError("--every shows all --n pictures in one --batch, without --best_of")
+
+
+# --- prompts and pictures in ---------------------------------------------------------------------------
+
+
+class Prompt(str):
+    """A prompt that knows its line."""
+
+    number = 0
+
+
+def read_prompts(path):
+    """The lines of a file, one at a time, without empty ones."""
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        for number, line in enumerate(line for line in map(str.strip, f) if line):
+            prompt = Prompt(line)
+            prompt.number = number
+            yield prompt
+
+
+def read_picture(flag, path, size):
+    try:
+        return crop(open_rgb(path), size)
+    except BadEntry as e:
+        raise ValueError(f"{flag} {path}: {e}") from None
+
+
+def known_codes(painter, args):
+    """What --image, --keep_rows, --mask and --size give -> codes (1, h, w), -1 where to draw; None: all."""
+    size = parse_size(args.size) if args.size else painter.size
+    h, w = painter.vq.grid(*size)
+    if not args.image:
+        return torch.full((1, h, w), -1, device=painter.device) if args.size else None
+    inside = painter.size if args.size and not args.mask else size
+    codes = painter.vq.encode(read_picture("--image", args.image, inside)[None].to(painter.device))
+    if args.mask:
+        mask = read_picture("--mask", args.mask, size).mean(0)[None, None].to(painter.device)  # (1, 1, H, W)
+        return codes.masked_fill(torch.nn.functional.adaptive_max_pool2d(mask, (h, w))[0] > 0, -1)
+    if args.size:
+        known = torch.full((1, h, w), -1, device=painter.device)
+        top, left = (h - codes.shape[1]) // 2, (w - codes.shape[2]) // 2
+        known[:, top : top + codes.shape[1], left : left + codes.shape[2]] = codes
+        return known
+    if args.enlarge and args.keep_rows is None:  # enlarged as it is
+        return codes
+    rows = h // 2 if args.keep_rows is None else args.keep_rows
+    if not 0 < rows <= h:
+        raise ValueError(f"--keep_rows {rows} is not between 1 and the {h} rows of codes of this model")
+    codes[:, rows:] = -1
+    return codes
+
+
+# --- scores and enlarging ------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def losses(painter, other, prompt, codes, batch):
+    """Loss of each of the codes (n, h, w), lower is better: the caption's with a captioner, else the codes' own."""
+    judge, out = other or painter, []
+    for part in codes.split(batch):
+        if judge.vq_hash != painter.vq_hash:
+            part = judge.vq.encode(painter.images(part))
+        c = judge.prior.cfg
+        if tuple(part.shape[1:]) != (c.grid_h, c.grid_w) or c.low or c.objective == "masked":
+            raise ValueError(
+                f"pictures of {part.shape[1]}x{part.shape[2]} codes cannot be scored with a {c.objective} prior of "
+                f"{c.grid_h}x{c.grid_w}" + (f" that enlarges {c.low} times" if c.low else "")
             )
-    if sheet:
-        columns = cfg.n if len(prompts) > 1 else min(cfg.n, max(4, round(cfg.n**0.5)))
-        save_image(
-            out,
-            grid_image(torch.cat(sheet), columns),
-            prompt="\n".join(prompts),
-            model=painter.hash,
-            settings=json.dumps(settings),
-        )
+        score = text_loss if other else image_loss
+        out.append(score(judge.prior, judge.ids([prompt] * len(part)), part.flatten(1)))
+    return torch.cat(out)
+
+
+def enlarge(larger, painter, prompt, codes, cfg, args):
+    """codes (n, h, w) that painter drew -> larger's codes, args.times times larger."""
+    if larger.vq_hash != painter.vq_hash:
+        codes = torch.cat([larger.vq.encode(painter.images(part)) for part in codes.split(args.batch)])
+    for _ in range(args.times):
+        parts = [
+            larger.codes([prompt], replace(cfg, n=len(part), seed=cfg.seed + i * args.batch), low=part)
+            for i, part in enumerate(codes.split(args.batch))
+        ]
+        codes = torch.cat(parts)
+    return codes
+
+
+# --- pictures out ----------------------------------------------------------------------------------------
+
+
+class Frames:
+    """The codes of prompts while they grow, every so many codes."""
+
+    def __init__(self, every):
+        self.every, self.seen, self.frames = every, 0, {}
+
+    def __call__(self, prompts, codes):
+        for prompt, own in zip(prompts, codes):
+            key, drawn = prompt.number, int((own >= 0).sum())
+            kept = self.frames.setdefault(key, [])
+            if kept and drawn < kept[-1][0]:  # this batch failed before, and is drawn again
+                kept.clear()
+            if not kept or (drawn - kept[-1][0]) >= self.every * len(own) or drawn == own.numel():
+                kept.append((drawn, own.cpu().clone()))
+
+    def animation(self, painter, number):
+        """A prompt's pictures in a row -> bytes of an animated PNG."""
+        sheets = [grid_image(painter.images(c.to(painter.device)), len(c)) for _, c in self.frames.pop(number)]
+        out = io.BytesIO()
+        durations = [80] * (len(sheets) - 1) + [2000]
+        sheets[0].save(out, "PNG", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
+        return out.getvalue()
+
+
+class Output:
+    """Where pictures go: all into one PNG, or each into a PNG of its own in a folder."""
+
+    def __init__(self, args, cfg, model, total):
+        self.path, self.cfg, self.model, self.rerank, self.total = Path(args.out), cfg, model, args.rerank, total
+        flags_used = ("image", "keep_rows", "mask", "size", "enlarge", "times", "best_of")
+        self.settings = asdict(cfg) | {k: getattr(args, k) for k in flags_used if getattr(args, k)}
+        self.single, self.prompts, self.images, self.scores = self.path.suffix.lower() == ".png", [], [], []
+        if self.single and (total * cfg.n > 1024 or total > 1 and args.every):
+            raise ValueError(f"the pictures of {total} prompts do not go into one PNG; name a folder with --out")
+
+    def file(self, prompt, end):
+        name = re.sub(r"[^\w]+", "-", prompt)[:60].strip("-") or "picture"
+        return self.path / f"{prompt.number:05d}-{name}-{end}.png"
+
+    def chunks(self, prompt, i):
+        settings = json.dumps(self.settings | {"seed": self.cfg.seed + i})
+        return dict(prompt=str(prompt), model=self.model, settings=settings)
+
+    def has(self, prompt):
+        """Whether all of a prompt's pictures are there, drawn by the same model with the same settings."""
+        if self.single:
+            return False
+        with suppress(OSError, SyntaxError, ValueError):
+            for i in range(self.cfg.n):
+                with Image.open(self.file(prompt, i)) as im:
+                    if any(im.text.get(k) != v for k, v in self.chunks(prompt, i).items()):
+                        return False
+            return True
+        return False
+
+    def add(self, prompt, images, scores, animation):
+        """images (n, 3, H, W); scores: floats or None; animation: bytes or None."""
+        if animation:
+            growing = self.path.with_name(f"{self.path.stem}-growing.png")
+            write_file(growing if self.single else self.file(prompt, "growing"), animation)
+        if self.single:
+            self.prompts.append(prompt), self.images.append(images.cpu()), self.scores.append(scores)
+            return
+        for i, image in enumerate(images):
+            score = {self.rerank: f"{scores[i]:.5f}"} if scores else {}
+            save_image(self.file(prompt, i), to_pil(image), **self.chunks(prompt, i), **score)
+
+    def close(self):
+        if not self.images:
+            return
+        columns = self.cfg.n if len(self.images) > 1 else min(self.cfg.n, max(4, round(self.cfg.n**0.5)))
+        score = {self.rerank: json.dumps(self.scores)} if self.scores[0] else {}
+        about = dict(prompt="\n".join(self.prompts), model=self.model, settings=json.dumps(self.settings), **score)
+        save_image(self.path, grid_image(torch.cat(self.images), columns), **about)
+
+
+# --- the way from prompts to files -----------------------------------------------------------------------
+
+
+def load(args):
+    """-> the prior, the one that enlarges or None, the captioner or None."""
+    device, dtype = pick_device(args.device), torch.bfloat16 if args.half else torch.float32
+    painter = Painter(args.model, device, dtype, args.vq)
+    larger, judge = (Painter(f, device, dtype) if f else None for f in (args.enlarge, args.captioner))
+    if larger and not larger.prior.cfg.low:
+        raise ValueError(f"{args.enlarge} does not enlarge pictures; train a prior with --low 2")
+    if judge and judge.prior.cfg.order != "image":
+        raise ValueError(f"{args.captioner} is no captioner; train one with --order image")
+    if bool(args.caption) != (painter.prior.cfg.order == "image"):
+        raise ValueError(f"{args.model}: --caption needs a prior of --order image, and drawing one of --order text")
+    return painter, larger, judge
+
+
+def main():
+    args = flags()
+    cfg = pick(SampleConfig, args)
+    painter, larger, judge = load(args)
+    if args.caption:
+        print("\n".join(painter.captions(read_picture("--caption", args.caption, painter.size)[None], cfg)[0]))
+        return
+
+    known = known_codes(painter, args)
+    total = 1 if args.prompts is None else sum(1 for _ in read_prompts(args.prompts))
+    if not total:
+        raise ValueError(f"no prompts in {args.prompts}")
+    prompts = [Prompt(args.prompt)] if args.prompts is None else read_prompts(args.prompts)
+    out = Output(args, cfg, "+".join(p.hash for p in (painter, larger, judge) if p), total)
+    frames, failures = Frames(args.every) if args.every else None, []
+    with Bar(total) as bar:
+
+        def todo():
+            for prompt in prompts:
+                if out.has(prompt):
+                    bar.update(1)
+                else:
+                    yield prompt
+
+        def failed(prompt, e):
+            failures.append(f"{prompt!r}: {e}")
+
+        many = replace(cfg, n=args.best_of or cfg.n)
+        for prompt, codes in painter.draw(todo(), many, known, None, args.batch, bar, frames, failed):
+            scores = None
+            if args.best_of:
+                loss = losses(painter, judge if args.rerank == "caploss" else None, prompt, codes, args.batch)
+                codes, scores = codes[loss.argsort()[: cfg.n]], loss.sort().values.tolist()
+            last = painter
+            if larger:
+                codes, last = enlarge(larger, painter, prompt, codes, cfg, args), larger
+            images = torch.cat([last.images(part) for part in codes.split(args.batch)])
+            out.add(prompt, images, scores, frames.animation(painter, prompt.number) if frames else None)
+    out.close()
     cut = painter.text.n_cut
-    print(f"{out}: {cfg.n} x {len(prompts)} pictures" + (f"; {cut} prompts were too long and were cut" if cut else ""))
+    print(f"{out.path}: {cfg.n} x {total} pictures" + (f"; {cut} prompts were too long and were cut" if cut else ""))
+    if failures:
+        raise ValueError(f"{len(failures)} of {total} prompts could not be drawn: {'; '.join(failures[:3])}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
     python train_prior.py --data path/to/pictures --vq out/vq --out out/prior
     torchrun --nproc_per_node 8 train_prior.py --data 'shards/{00000..00041}.tar' --vq out/vq --out out/prior \\
         --batch_size 512 --n_layer 12 --n_embd 768 --n_head 12
+    python train_prior.py --objective masked ...                         MaskGIT, Muse
+    python train_prior.py --init out/prior --order image ...             a captioner
+    python train_prior.py --init out/prior --size 128 --low 2 ...        token super-resolution
 """
 
 import json
@@ -15,11 +18,12 @@ import torch
 from minit2i.checkpoint import has_state, load_model, load_state, read_config, save_run, write_file
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.fp16 import make_scaler
-from minit2i.gpt import GPT, SIZES, GPTConfig
+from minit2i.gpt import GPT, SIZES, GPTConfig, fit_grid
 from minit2i.lm import lm_config, lm_text, load_lm
+from minit2i.masked import hide
 from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.plan import plan
-from minit2i.sample import SampleConfig, file_hash, generate, load_vq
+from minit2i.sample import SampleConfig, draw_codes, file_hash, load_vq, shrink, write_captions
 from minit2i.t5 import T5Text
 from minit2i.tokens import CodeCache, Coded, Crops, Text
 from minit2i.train import (
@@ -74,6 +78,7 @@ class PriorTrainConfig(TrainConfig):
     block_scale: Annotated[bool, "a gradient scale for each block instead of one for the loss (DALL-E)"] = False
     powersgd: Annotated[int, "rank to which PowerSGD compresses the gradients that replicas exchange; 0: off"] = 0
     checkpoint_activations: Annotated[bool, "less memory: blocks compute again in the backward pass"] = False
+    label_smoothing: Annotated[float, "masked objective: smoothing of the targets in training (MaskGIT)"] = 0.1
     steps: Annotated[int, "optimizer steps"] = 10000
     lr: Annotated[float, "peak learning rate"] = 1e-3
     weight_decay: Annotated[float, "AdamW weight decay, on matrices only"] = 0.045
@@ -85,9 +90,9 @@ class PriorTrainConfig(TrainConfig):
 
 
 def collate(samples):
-    """[(ids, codes, cut)] -> text (B, T), codes (B, N), number of captions cut."""
-    text, codes, cut = zip(*samples)
-    return torch.stack(text), torch.stack(codes), sum(cut)
+    """[(ids, codes, low, cut)] -> text (B, T), codes (B, N), low-resolution codes (B, M), number of captions cut."""
+    text, codes, low, cut = zip(*samples)
+    return torch.stack(text), torch.stack(codes), torch.stack(low), sum(cut)
 
 
 def train_text(source, indices, vocab_size, most=50_000):
@@ -125,44 +130,58 @@ def read_captions(out, cfg, length, sets, p, precision):
     return text
 
 
-def code_cache(crops, cfg, vq, vq_hash, p, precision):
-    """The codes of a set's crops, encoded now if they are not in the cache yet."""
-    folder = Path(cfg.cache, f"codes-{vq_hash}-{crops.digest()}")
+def code_cache(crops, cfg, vq, vq_hash, p, precision, low=0):
+    """The codes of a set's crops, shrunk low times if not 0, encoded now if they are not in the cache yet."""
+    folder = Path(cfg.cache, f"codes-{vq_hash}-{crops.digest()}" + (f"-low{low}" if low else ""))
     if any(p.gather(not folder.exists())):
+        height, width = (s // max(1, low) for s in crops.pictures.size)
 
         def encode(images):
             with autocast(p.device, precision):
-                return vq.encode(images.to(p.device))
+                return vq.encode(shrink(images.to(p.device), low) if low else images.to(p.device))
 
-        shape = vq.grid(*crops.pictures.size)
-        CodeCache.build(folder, crops, encode, shape, vq.cfg.n_codes, p)
+        CodeCache.build(folder, crops, encode, vq.grid(height, width), vq.cfg.n_codes, p)
     return CodeCache(folder)
 
 
 @torch.no_grad()
 def evaluate(model, coded, n, batch, p, precision):
-    """First n validation pictures -> text and image loss per token, in nats."""
+    """First n validation pictures -> text and image loss per token, in nats; a masked model's over fixed masks."""
     sums = [0.0, 0, 0.0, 0]
     mine = list(range(min(n, len(coded))))[p.rank :: p.world]
     for first in range(0, -(-min(n, len(coded)) // p.world), batch):
         some = mine[first : first + batch]
-        text, codes, _ = collate([coded[i] for i in some or [0]])  # a sharded model needs all processes in every pass
+        rows = some or [0]  # a sharded model needs all processes in every pass
+        text, codes, low, _ = collate([coded[i] for i in rows])
+        shown, n_image = None, codes.numel()
+        if model.masked:
+            shown = torch.cat([hide(codes[k : k + 1], torch.Generator().manual_seed(i)) for k, i in enumerate(rows)])
+            n_image = int((shown < 0).sum())
         with autocast(p.device, precision):
-            text_loss, image_loss = model(text.to(p.device), codes.to(p.device))
-        if not some:
-            continue
-        sums = [a + float(b) for a, b in zip(sums, (text_loss, model.n_text_targets(text), image_loss, codes.numel()))]
+            text_loss, image_loss = model(*(x if x is None else x.to(p.device) for x in (text, codes, low, shown)))
+        if some:
+            n_text = int(model.n_text_targets(text))
+            sums = [a + float(b) for a, b in zip(sums, (text_loss, n_text, image_loss, n_image))]
     sums = p.sum(sums)
     return sums[0] / max(1, sums[1]), sums[2] / sums[3]
 
 
-def draw_samples(model, vq, text, prompts, cfg, device):
-    """Two pictures for each of some prompts, as one sheet, a column a prompt."""
-    ids = torch.stack([text.encode(s) for s in [*prompts, ""]]).to(device)
-    settings = SampleConfig(n=2, seed=cfg.seed)
-    codes = generate(model, ids[:-1], ids[-1], settings)
-    images = vq.decode(codes.view(-1, model.cfg.grid_h, model.cfg.grid_w))
-    return grid_image(images.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1), len(prompts))
+def draw_samples(model, vq, text, prompts, some, cfg, device):
+    """Two pictures for each of some validation captions, as one sheet, a column a caption -> sheet, captions.
+
+    some: the validation samples of the prompts, collated.  A captioner is shown their pictures instead, and the
+    captions are its own.
+    """
+    ids, codes, low, _ = (x.to(device) if torch.is_tensor(x) else x for x in some)
+    grid, settings = (model.cfg.grid_h, model.cfg.grid_w), SampleConfig(n=2, seed=cfg.seed)
+    if model.cfg.order == "image":
+        settings = replace(settings, n=1, temperature=0.0)
+        ids = write_captions(model, codes, text.sp.bos_id(), text.sp.eos_id(), settings)
+        return grid_image(vq.decode(codes.view(-1, *grid)), len(codes)), [text.decode(row) for row in ids]
+    low = low.repeat_interleave(2, 0) if low.shape[1] else None
+    codes = draw_codes(model, ids, text.encode("").to(device), settings, None, low)
+    images = vq.decode(codes.view(-1, *grid))
+    return grid_image(images.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1), len(prompts)), prompts
 
 
 def say_plan(model_cfg, data_cfg, cfg):
@@ -219,15 +238,21 @@ def main():
     text = read_captions(out, cfg, model_cfg.text_len, ((source, train), (val_source, val)), p, precision)
     train_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed)
     train_cache = code_cache(train_crops, cfg, vq, vq_hash, p, precision)
-    val_cache = code_cache(Crops(val_source, val, data_cfg), cfg, vq, vq_hash, p, precision)
+    val_crops = Crops(val_source, val, data_cfg)
+    val_cache = code_cache(val_crops, cfg, vq, vq_hash, p, precision)
     if not val_cache.ok.any():  # a few pictures, and the one kept for validation is bad
-        val_source, val, val_cache = source, train, train_cache
+        val_source, val, val_crops, val_cache = source, train, train_crops, train_cache
     skipped = Skipped(p.say)
     skipped.add([*source.damaged, *train_cache.skipped, *val_cache.skipped])
     p.say(str(skipped))
-    train_set = Coded(source, train, train_cache, text, cfg.seed, cfg.bpe_dropout, cfg.cond_drop)
-    val_set = Coded(val_source, val, val_cache, text)
+    train_low, val_low = (
+        code_cache(crops, cfg, vq, vq_hash, p, precision, model_cfg.low) if model_cfg.low else None
+        for crops in (train_crops, val_crops)
+    )
+    train_set = Coded(source, train, train_cache, text, cfg.seed, cfg.bpe_dropout, cfg.cond_drop, train_low)
+    val_set = Coded(val_source, val, val_cache, text, low=val_low)
     prompts = [val_source.captions(int(val[row]))[0] for row in val_set.rows[:8]]
+    some = collate([val_set[i] for i in range(len(prompts))])
 
     # --- model and optimizer ---
     torch.manual_seed(cfg.seed)
@@ -241,11 +266,12 @@ def main():
             f"--resume cannot change --block_scale, as the scales of {out} would be lost; use another --out"
         )
     model = GPT(model_cfg)
-    model.check_causal()
+    if not model.masked:
+        model.check_causal()
     if model.text_ahead and cfg.text_weight and model_cfg.text_loss:
         raise ValueError(f"mask {model_cfg.mask} shows text what it should predict: it needs --text_weight 0")
     if init:
-        load_model(init, model).train()
+        load_model(init, model, fit_grid).train()
     if cfg.init_lm and cfg.init_lm_weights and not resumed:
         load_lm(cfg.init_lm, model)
     n_params = sum(w.numel() for w in model.parameters())
@@ -279,8 +305,8 @@ def main():
                 val_text, val_image = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
                 painter = unsharded(model, p)
                 if p.main:
-                    sheet = draw_samples(painter, vq, text, prompts, cfg, p.device)
-                    save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(prompts))
+                    sheet, captions = draw_samples(painter, vq, text, prompts, some, cfg, p.device)
+                    save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(captions))
             log.write(step=step, val_text_loss=val_text, val_image_loss=val_image)
             p.say(f"\nstep {step}: val loss text {val_text:.3f}, image {val_image:.3f} nats a token")
             if p.main:
@@ -294,14 +320,18 @@ def main():
 
         seed_step(cfg.seed, step, p.rank)
         parts = [next(loader) for _ in range(cfg.accum)]
-        n_text = p.total(sum(model.n_text_targets(t) for t, _, _ in parts).float()).clamp_min(1)
+        shown = [hide(part[1]) if model.masked else None for part in parts]
+        n_text = p.total(sum(model.n_text_targets(part[0]) for part in parts).float()).clamp_min(1)
         n_image = cfg.batch_size * model_cfg.n_image
+        if model.masked:
+            n_image = p.total(sum((codes < 0).sum() for codes in shown).float())
         sums = torch.zeros(2, device=p.device)
-        for k, (ids, codes, n_cut) in enumerate(parts):
+        for k, (*batch, n_cut) in enumerate(parts):
             cut += n_cut
             sync_gradients(forward, k == cfg.accum - 1)
             with autocast(p.device, precision):
-                text_loss, image_loss = forward(ids.to(p.device), codes.to(p.device))
+                batch = (x if x is None else x.to(p.device) for x in (*batch, shown[k]))
+                text_loss, image_loss = forward(*batch, cfg.label_smoothing if model.masked else 0.0)
             loss = cfg.text_weight * text_loss / n_text + cfg.image_weight * image_loss / n_image
             scaler.scale(loss * p.world).backward()  # x world: it takes the mean, and these are parts of a sum
             sums += torch.stack([text_loss.detach() / n_text, image_loss.detach() / n_image])

@@ -28,7 +28,7 @@ class Layout(torch.nn.Module):
         super().__init__()
         self.name, self.cfg, self.block_masks = name, cfg, {}
         with torch.device("cpu"):  # also when the model is built on another device, or on none
-            at, t = torch.arange(cfg.length), cfg.text_len
+            at, t = torch.arange(cfg.length), cfg.n_prefix
             dense = MASKS[name](at[:, None], at[None], cfg)  # (L, L)
             self.register_buffer("dense", dense, persistent=False)
             ahead = dense & (at > at[:, None])
@@ -46,7 +46,7 @@ class Layout(torch.nn.Module):
         order (L,) positions with rows or columns together; queries (G, g) and keys (G, n) positions,
         visible (G, g, n) bool; back (L,) where in the G*g outputs each position's is.
         """
-        t, least = self.cfg.text_len, math.inf
+        t, least = self.cfg.n_prefix, math.inf
         grid = at[t:].view(self.cfg.grid_h, self.cfg.grid_w)
         for lines in (grid, grid.t()):
             g = max(1, 32 // lines.shape[1]) * lines.shape[1]  # measured: 32 or more, as small products are slow

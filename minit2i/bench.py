@@ -14,9 +14,11 @@ import time
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from minit2i.attention import Layout, attend
 from minit2i.gpt import GPT, Cache, GPTConfig
+from minit2i.masked import unmask
 from minit2i.masks import MASKS
 from minit2i.plan import training_flops
 from minit2i.sample import SampleConfig, generate
@@ -109,6 +111,16 @@ def vq_step(model, images, device, precision):
     return step
 
 
+@torch.inference_mode()
+def weights_alone(model, rows):
+    """The products with every weight once a code, and nothing else: no drawing code by code is faster."""
+    weights = [w for w in model.blocks.parameters() if w.dim() == 2] + [model.image_head.weight]
+    inputs = [torch.randn(rows, w.shape[1], device=w.device) for w in weights]
+    for _ in range(model.cfg.n_image):
+        for w, x in zip(weights, inputs):
+            F.linear(x, w)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="how often each is measured [7]")
@@ -135,6 +147,7 @@ def main():
 
     prior, vq = GPT(PRIOR).to(device), VQ(VQConfig()).to(device)
     drawing = GPT(PRIOR).to(device).eval().requires_grad_(False)
+    masked = GPT(replace(PRIOR, objective="masked")).to(device).eval().requires_grad_(False)
     text = torch.randint(0, PRIOR.n_vocab, (1, PRIOR.text_len), device=device)
     images = torch.rand(32, 3, 64, 64, device=device) * 2 - 1
     work = {
@@ -142,6 +155,10 @@ def main():
         "train prior": prior_step(prior, args.batch, device, precision, args.compile),
         "sample, batch 1": lambda: generate(drawing, text, text[0], SampleConfig(n=1)),
         "sample, batch 16": lambda: generate(drawing, text, text[0], SampleConfig(n=16)),
+        "weights, batch 1": lambda: weights_alone(drawing, 2),
+        "weights, batch 16": lambda: weights_alone(drawing, 32),
+        "masked, batch 1": lambda: unmask(masked, text, text[0], SampleConfig(n=1, steps=12)),
+        "masked, batch 16": lambda: unmask(masked, text, text[0], SampleConfig(n=16, steps=12)),
         "train tokenizer": vq_step(vq, images, device, precision),
         "encode": lambda: vq.encode(images),
     }
@@ -157,8 +174,10 @@ def main():
         f"{flops / t['train prior'] / peak:.0%} of the matrix product"
     )
     for b in (1, 16):
+        drawn, floor, parallel = (t[f"{kind}, batch {b}"] / b for kind in ("sample", "weights", "masked"))
         print(
-            f"sample, batch {b:2} guided {t[f'sample, batch {b}'] / b:8.3f} s a picture of {PRIOR.n_image} codes (float32)"
+            f"sample, batch {b:2} guided {drawn:8.3f} s a picture of {PRIOR.n_image} codes (float32), "
+            f"{drawn / floor:.1f} x its weights' products alone; masked, 12 steps: {parallel:.3f} s"
         )
     print(f"train tokenizer        {32 / t['train tokenizer']:8.0f} images/s at 64x64, stride {vq.cfg.stride}")
     print(f"encode                 {32 / t['encode']:8.0f} images/s (float32)")

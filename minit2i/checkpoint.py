@@ -88,9 +88,9 @@ def save_model(folder, tensors, config, dtype=None):
     save_tensors(Path(folder, "model.safetensors"), tensors)
 
 
-def load_model(folder, model):
-    """Weights of a checkpoint folder into a model, for use; ValueError if they do not fit."""
-    tensors, _ = load_tensors(Path(folder, "model.safetensors"))
+def load_model(folder, model, fit=lambda tensors, model: tensors):
+    """Weights of a checkpoint folder, changed by fit, into a model, for use; ValueError if they do not fit."""
+    tensors = fit(load_tensors(Path(folder, "model.safetensors"))[0], model)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as e:

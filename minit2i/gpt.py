@@ -4,10 +4,14 @@
     token      text and pads  | codes in raster order
     predicts   1 ........ T-1 | 0 ... N-1, code n from position T-1+n
 
-DALL-E's prior (Ramesh et al., arXiv:2102.12092 sec. 2.2) on nanoGPT-sized blocks.
+DALL-E's prior (Ramesh et al., arXiv:2102.12092 sec. 2.2) on nanoGPT-sized blocks.  Its relatives on the same blocks:
 
-Shapes: B batch, T text length, h w code grid, N = h*w, L = T+N, S positions at hand, D width, H heads,
-K head size, V vocabulary.
+    --low f             text | codes of the picture shrunk f times | codes    super-resolution (CogView, Muse)
+    --order image       beginning mark | codes | rest of the text             a captioner (CogView)
+    --objective masked  text | codes, some replaced by a mask token, which predict themselves (MaskGIT, Muse)
+
+Shapes: B batch, T text length, h w code grid, N = h*w, M codes of the shrunk picture, L = T+M+N, S positions at
+hand, D width, H heads, K head size, V vocabulary.
 """
 
 import math
@@ -32,8 +36,8 @@ class GPTConfig:
     n_embd: Annotated[int, "width"] = 256
     text_len: Annotated[int, "text positions T, beginning and end mark included"] = 32
     mask: Annotated[
-        str, "which positions see which: a name of masks.py, several that layers take in turn, or dalle"
-    ] = "full"
+        str, "which positions see which: a name of masks.py, several that layers take in turn, dalle, or auto"
+    ] = "auto"
     window: Annotated[int, "side of the crop that the window mask sees, in codes"] = 8
     pos: Annotated[
         str,
@@ -50,6 +54,11 @@ class GPTConfig:
     n_encoder: Annotated[
         int, "blocks of a text encoder that the n_layer decoder blocks look at (Parti); 0: caption and codes in one"
     ] = 0
+    objective: Annotated[str, "what is learned: the next code, or hidden ones (--mask none)", ("causal", "masked")] = (
+        "causal"
+    )
+    order: Annotated[str, "what the sequence begins with; image: a captioner", ("text", "image")] = "text"
+    low: Annotated[int, "super-resolution: the sequence also holds the picture's codes when shrunk so much; 0: not"] = 0
     dropout: Annotated[float, "dropout on embeddings and on both branches of each block"] = 0.0
     n_vocab: int = 0
     n_codes: int = 0
@@ -66,8 +75,17 @@ class GPTConfig:
         return self.grid_h * self.grid_w
 
     @property
+    def low_grid(self):
+        return (self.grid_h // self.low, self.grid_w // self.low) if self.low else (0, 0)
+
+    @property
+    def n_prefix(self):
+        """Positions before the codes: the text's, and those of the low-resolution codes."""
+        return self.text_len + self.low_grid[0] * self.low_grid[1]
+
+    @property
     def length(self):
-        return self.text_len + self.n_image
+        return self.n_prefix + self.n_image
 
     @property
     def sequence(self):
@@ -76,8 +94,8 @@ class GPTConfig:
 
     @property
     def text_loss(self):
-        """Whether text is predicted too: not if it has an encoder of its own."""
-        return not (self.n_encoder or self.n_states)
+        """Whether text is predicted too: not if it has an encoder of its own, nor by a masked model."""
+        return not (self.n_encoder or self.n_states or self.objective == "masked")
 
 
 # The papers' sizes, and smaller ones: train_prior.py --model_size NAME; flags beside it win.  What comes from tokenizer and
@@ -122,12 +140,20 @@ def rotary_tables(cfg):
         return angle.cos(), angle.sin()
     half = cfg.n_embd // cfg.n_head // 4  # frequencies per axis
     text = torch.arange(-cfg.text_len, 0).float()
-    n = torch.arange(cfg.n_image)
-    row = torch.cat([text, (n // cfg.grid_w).float()])  # (L,)
-    column = torch.cat([text, (n % cfg.grid_w).float()])
+    row, column = (torch.arange(n).float() for n in (cfg.grid_h, cfg.grid_w))
+    row, column = row.repeat_interleave(cfg.grid_w), column.repeat(cfg.grid_h)  # (N,)
+    if cfg.low:  # a low-resolution code stands in the middle of the codes it covers
+        row, column = (torch.cat([pooled(x, cfg), x]) for x in (row, column))
+    row, column = torch.cat([text, row]), torch.cat([text, column])  # (L,)
     frequency = 100.0 ** (-torch.arange(half).float() / half)  # base 100: grids are short
     angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], 1)  # (L, K/2)
     return angle.cos(), angle.sin()
+
+
+def pooled(grid, cfg):
+    """What each place of the grid (N, ...) has -> its mean over the places of each low-resolution code (M, ...)."""
+    (h, w), f = cfg.low_grid, cfg.low
+    return grid.view(h, f, w, f, *grid.shape[1:]).mean((1, 3)).flatten(0, 1)
 
 
 def rotate(x, cos, sin):
@@ -304,7 +330,7 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.layout = Layout("none", replace(cfg, text_len=0, grid_h=1, grid_w=cfg.text_len))
+        self.layout = Layout("none", replace(cfg, text_len=0, grid_h=1, grid_w=cfg.text_len, low=0))
         if cfg.pos == "learned":
             self.pos = nn.Parameter(torch.empty(cfg.text_len, cfg.n_embd))
         else:
@@ -324,39 +350,60 @@ class Encoder(nn.Module):
         return self.norm(x)
 
 
+def check(cfg):
+    """ValueError for sizes and choices that do not go together."""
+    if cfg.n_embd % cfg.n_head:
+        raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
+    if cfg.pos == "rotary" and cfg.n_embd // cfg.n_head % 4:
+        raise ValueError(f"2-D rotary positions need a head size that 4 divides, not {cfg.n_embd // cfg.n_head}")
+    if cfg.pos == "sequence" and cfg.n_embd // cfg.n_head % 2:
+        raise ValueError(f"rotary positions need an even head size, not {cfg.n_embd // cfg.n_head}")
+    if cfg.text_len < 3:
+        raise ValueError(f"text_len {cfg.text_len} has no room for a word between its two marks; use 3 or more")
+    if not 0 < cfg.embed_grad <= 1:
+        raise ValueError(f"embed_grad {cfg.embed_grad} is not a share in (0, 1]; use 1 for the whole gradient")
+    if cfg.window < 1:
+        raise ValueError(f"window {cfg.window} shows nothing; use 1 or more")
+    if cfg.low < 0 or cfg.low == 1 or cfg.low and (cfg.grid_h % cfg.low or cfg.grid_w % cfg.low):
+        raise ValueError(
+            f"low {cfg.low} does not shrink {cfg.grid_h}x{cfg.grid_w} codes; use a number from 2 that divides both, or 0"
+        )
+    masks = set(layer_masks(cfg))
+    if cfg.objective == "masked" and masks != {"none"}:
+        raise ValueError(f"a masked model sees all places, which mask {cfg.mask} does not; use --mask none")
+    if cfg.order == "image" and (masks != {"full"} or cfg.low or not cfg.text_loss):
+        raise ValueError("order image, a captioner, needs --mask full, --low 0 and no text encoder")
+
+
 class GPT(nn.Module):
     """Caption and codes as one sequence, one embedding, a head for each kind.
 
-    Token ids: text [0, n_vocab), pad of text position t: n_vocab + t, code c: n_vocab + T + c.
+    Token ids: text [0, n_vocab), pad of text position t: n_vocab + t, code c: n_vocab + T + c, the mask token last.
     With n_encoder the caption goes through an encoder of its own, and the sequence is one begin mark and the codes;
     every block then also looks at the encoder's states (Parti, arXiv:2206.10789 sec. 2.2).
     """
 
     def __init__(self, cfg):
         super().__init__()
+        check(cfg)
         masks, sequence = layer_masks(cfg), cfg.sequence
-        if cfg.n_embd % cfg.n_head:
-            raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
-        if cfg.pos == "rotary" and cfg.n_embd // cfg.n_head % 4:
-            raise ValueError(f"2-D rotary positions need a head size that 4 divides, not {cfg.n_embd // cfg.n_head}")
-        if cfg.pos == "sequence" and cfg.n_embd // cfg.n_head % 2:
-            raise ValueError(f"rotary positions need an even head size, not {cfg.n_embd // cfg.n_head}")
-        if cfg.text_len < 3:
-            raise ValueError(f"text_len {cfg.text_len} has no room for a word between its two marks; use 3 or more")
-        if not 0 < cfg.embed_grad <= 1:
-            raise ValueError(f"embed_grad {cfg.embed_grad} is not a share in (0, 1]; use 1 for the whole gradient")
-        if cfg.window < 1:
-            raise ValueError(f"window {cfg.window} shows nothing; use 1 or more")
-        self.cfg = cfg
-        self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes, cfg.n_embd)
+        t, p = sequence.text_len, sequence.n_prefix
+        self.cfg, self.masked = cfg, cfg.objective == "masked"
+        self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes + self.masked, cfg.n_embd)
         if cfg.pos == "learned":
             self.pos_text = nn.Parameter(torch.empty(sequence.text_len, cfg.n_embd))
             self.pos_row = nn.Parameter(torch.empty(cfg.grid_h, 1, cfg.n_embd))
             self.pos_column = nn.Parameter(torch.empty(1, cfg.grid_w, cfg.n_embd))
         else:
             cos, sin = rotary_tables(sequence)
+            if cfg.pos == "rotary":
+                cos, sin = (self.ordered(x[:t], x[t:p], x[p:]) for x in (cos, sin))
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
+        if cfg.low:
+            self.low = nn.Parameter(torch.zeros(cfg.n_embd))  # added to low-resolution codes, to tell them from others
+            at = torch.arange(sequence.length)
+            self.register_buffer("is_low", ((at >= t) & (at < p)).float()[:, None], persistent=False)  # (L, 1)
         self.drop = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
         if cfg.n_encoder:
             self.encoder, self.begin = Encoder(cfg), nn.Parameter(torch.empty(1, 1, cfg.n_embd))
@@ -377,10 +424,15 @@ class GPT(nn.Module):
                 joins = name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if joins else 0.02)
 
+    def ordered(self, text, low, codes):
+        """What belongs to text (T, ...), low-resolution codes (M, ...) and codes (N, ...), as the sequence has it."""
+        return torch.cat([text[:1], codes, text[1:]] if self.cfg.order == "image" else [text, low, codes])
+
     def positions(self):
         """Learned positions of the whole sequence (L, D): text, then row + column of each code (DALL-E)."""
         grid = (self.pos_row + self.pos_column).flatten(0, 1)  # (N, D)
-        return torch.cat([self.pos_text, grid])
+        low = pooled(grid, self.cfg) if self.cfg.low else grid[:0]
+        return self.ordered(self.pos_text, low, grid)
 
     def embed(self, text):
         """text (B, T) ids, or (B, T, W) states of a frozen encoder with zeros for pads -> (B, T, D).
@@ -405,7 +457,9 @@ class GPT(nn.Module):
         return [*(self.encoder.blocks if self.cfg.n_encoder else ()), *self.blocks]
 
     def code_ids(self, codes):
-        """codes (B, N) -> token ids (B, N)."""
+        """codes (B, N) -> token ids (B, N); a hidden code -1 is the mask token."""
+        if self.masked:
+            codes = torch.where(codes < 0, self.cfg.n_codes, codes)
         return codes + self.cfg.n_vocab + self.cfg.text_len
 
     def trunk(self, ids, start=0, cache=None, memory=None):
@@ -422,6 +476,8 @@ class GPT(nn.Module):
             x = x + table[start:stop]
         else:
             rope = self.rope_cos[start:stop], self.rope_sin[start:stop]
+        if self.cfg.low:
+            x = x + self.low * self.is_low[start:stop]
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             kv = None if cache is None else cache.kv[i]
@@ -429,35 +485,45 @@ class GPT(nn.Module):
             x = block(x, self.layouts[self.masks[i]], start, rope, kv, scale, memory)
         return self.norm(x)
 
-    def logits(self, text, codes):
-        """text, as `embed` takes it, codes (B, N) -> text logits (B, T-1, V) for text 1...T-1, or None; image logits
-        (B, N, n_codes).
+    def logits(self, text, codes, low=None):
+        """text, as `embed` takes it, codes (B, N), low (B, M) -> text logits (B, T-1, V) for text 1...T-1, or None; image
+        logits (B, N, n_codes).
 
-        ValueError if the mask shows codes that are to be predicted.
+        Masked: logits of all places themselves; a code -1 is hidden.  ValueError if the mask of a causal model shows
+        codes that are to be predicted.
         """
-        self.check_causal()
+        if not self.masked:
+            self.check_causal()
+        if self.cfg.order == "image":
+            n, x = codes.shape[1], self.trunk(torch.cat([text[:, :1], self.code_ids(codes), text[:, 1:]], 1))
+            return self.text_head(x[:, n:-1]), self.image_head(x[:, :n])
         before, memory = self.read(text)
-        p = before.shape[1]
+        t, p = before.shape[1], self.cfg.sequence.n_prefix
+        codes = codes if low is None else torch.cat([low, codes], 1)
         x = torch.cat([before, self.embedding(self.code_ids(codes))], 1)  # (B, P+N, D); the last predicts nothing
         x = self.trunk(x, memory=memory)
-        return self.text_head(x[:, : p - 1]) if self.cfg.text_loss else None, self.image_head(x[:, p - 1 : -1])
+        image_logits = self.image_head(x[:, p:] if self.masked else x[:, p - 1 : -1])
+        return self.text_head(x[:, : t - 1]) if self.cfg.text_loss else None, image_logits
 
     def check_causal(self):
         if self.image_ahead:
             raise ValueError(
                 f"mask {self.cfg.mask} shows a code those after it: codes one by one are neither learned nor drawn "
-                "with it; use a causal mask, or train a masked model"
+                "with it; use a causal mask, or train a masked model (--objective masked)"
             )
 
-    def forward(self, text, codes):
+    def forward(self, text, codes, low=None, shown=None, smoothing=0.0):
         """Training pass -> summed cross-entropies: text (), image (), in float32, in nats.
 
         Text counts up to its end mark: pads are no targets, and nothing is where text sees itself ahead (prefix) or
-        has an encoder.
+        has an encoder.  shown (B, N): for a masked model, the codes with -1 where hidden, which alone count.
         Sums, so that the caller can average over all parts of a batch.
         """
-        text_logits, image_logits = self.logits(text, codes)
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten(), reduction="sum")
+        text_logits, image_logits = self.logits(text, codes if shown is None else shown, low)
+        target = codes if shown is None else codes.masked_fill(shown >= 0, -100)
+        image_loss = F.cross_entropy(
+            image_logits.flatten(0, 1).float(), target.flatten(), reduction="sum", label_smoothing=smoothing
+        )
         if not self.cfg.text_loss:
             return torch.zeros_like(image_loss), image_loss
         target = text[:, 1:].masked_fill(text[:, 1:] >= (0 if self.text_ahead else self.cfg.n_vocab), -100)
@@ -469,6 +535,21 @@ class GPT(nn.Module):
         if not self.cfg.text_loss:
             return torch.zeros((), dtype=torch.long, device=text.device)
         return (text[:, 1:] < (0 if self.text_ahead else self.cfg.n_vocab)).sum()
+
+
+def fit_grid(tensors, model):
+    """A model's tensors for another code grid, as finetuning to super-resolution needs: positions are interpolated.
+
+    What the other model did not have keeps its start.
+    """
+    own = model.state_dict()
+    fitted = {k: own[k] for k in ("low",) if k in own} | tensors
+    for name, axis in (("pos_row", 0), ("pos_column", 1)):
+        if name in fitted and name in own and fitted[name].shape != own[name].shape:
+            line = fitted[name].squeeze(1 - axis).t()[None]  # (1, D, n)
+            line = F.interpolate(line.float(), own[name].shape[axis], mode="linear", align_corners=False)
+            fitted[name] = line[0].t().unsqueeze(1 - axis)
+    return fitted
 
 
 class Cache:

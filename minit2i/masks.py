@@ -3,10 +3,11 @@
     python -m minit2i.masks --out masks.png
 
 A mask says which key position k a query position q may see: integer tensors that broadcast -> bool.
-Positions count the whole sequence: below cfg.text_len is text, the rest the grid in raster order.
+Positions count the whole sequence: below cfg.n_prefix is text (and the codes of a smaller
+picture), the rest the grid in raster order.
 Training, cached decoding and the picture take it from MASKS; --mask gives each layer its own.
 
-Shapes: T text length, h w code grid, N = h*w, L = T+N.
+Shapes: T text length (smaller pictures' codes included), h w code grid, N = h*w, L = T+N.
 """
 
 import argparse
@@ -24,19 +25,19 @@ def full(q, k, cfg):
 
 def row(q, k, cfg):
     """Text, and the codes back to the one above: w + 1 with itself.  DALL-E, 2102.12092 fig. 11a."""
-    return full(q, k, cfg) & ((k < cfg.text_len) | (q - k <= cfg.grid_w))
+    return full(q, k, cfg) & ((k < cfg.n_prefix) | (q - k <= cfg.grid_w))
 
 
 def column(q, k, cfg):
     """Text, and the codes straight above.  DALL-E fig. 11b."""
-    return full(q, k, cfg) & ((k < cfg.text_len) | ((q - k) % cfg.grid_w == 0))
+    return full(q, k, cfg) & ((k < cfg.n_prefix) | ((q - k) % cfg.grid_w == 0))
 
 
 def conv(q, k, cfg):
     """Text, and the earlier half of an 11x11 window that wraps in raster order.  DALL-E fig. 11d (which draws 3x3)."""
     side = KERNEL // 2
     inside = ((q - k + side) % cfg.grid_w < KERNEL) & (q - k <= side * cfg.grid_w + side)
-    return full(q, k, cfg) & ((k < cfg.text_len) | inside)
+    return full(q, k, cfg) & ((k < cfg.n_prefix) | inside)
 
 
 def window(q, k, cfg):
@@ -50,13 +51,13 @@ def window(q, k, cfg):
         first = (q - cfg.window // 2).clamp(max=n - cfg.window).clamp(min=0)
         return (k >= first) & (k < first + cfg.window)
 
-    iq, ik, w = q - cfg.text_len, k - cfg.text_len, cfg.grid_w
-    return full(q, k, cfg) & ((k < cfg.text_len) | (inside(iq // w, ik // w, cfg.grid_h) & inside(iq % w, ik % w, w)))
+    iq, ik, w = q - cfg.n_prefix, k - cfg.n_prefix, cfg.grid_w
+    return full(q, k, cfg) & ((k < cfg.n_prefix) | (inside(iq // w, ik // w, cfg.grid_h) & inside(iq % w, ik % w, w)))
 
 
 def prefix(q, k, cfg):
     """As full, and text sees all text.  Prefix LM, T5, 1910.10683 sec. 3.2; text can then not be learned."""
-    return full(q, k, cfg) | ((q < cfg.text_len) & (k < cfg.text_len))
+    return full(q, k, cfg) | ((q < cfg.n_prefix) & (k < cfg.n_prefix))
 
 
 def none(q, k, cfg):
@@ -70,14 +71,16 @@ MASKS = {f.__name__: f for f in (full, row, column, conv, window, prefix, none)}
 def layer_masks(cfg):
     """cfg.mask -> the name of each layer's mask, n_layer of them.  ValueError if one is not known.
 
-    A name, or several with commas between, which take turns; or dalle: column in layers 2, 6, 10, ... counted
-    from 1, conv in the last, row in the others (2102.12092 app. B.1).
+    A name, or several with commas between, which take turns; auto: none for a masked model, else full; dalle:
+    column in layers 2, 6, 10, ... counted from 1, conv in the last, row in the others (2102.12092 app. B.1).
     """
-    names = ("row", "column", "row", "row") if cfg.mask == "dalle" else cfg.mask.split(",")
+    known = {"dalle": ("row", "column", "row", "row"), "auto": ("none" if cfg.objective == "masked" else "full",)}
+    names = known.get(cfg.mask, cfg.mask.split(","))
     for name in names:
         if name not in MASKS:
-            known = ", ".join(MASKS)
-            raise ValueError(f"mask {name!r} is not known; use {known}, several with commas between, or dalle")
+            raise ValueError(
+                f"mask {name!r} is not known; use {', '.join(MASKS)}, several with commas between, dalle, or auto"
+            )
     layers = [names[i % len(names)] for i in range(cfg.n_layer)]
     return layers[:-1] + ["conv"] if cfg.mask == "dalle" else layers
 
@@ -87,7 +90,7 @@ def layer_masks(cfg):
 
 def picture(cfg, names, cell=2, columns=4):
     """A panel for each mask, queries down and keys across: text is seen where blue, codes where orange."""
-    at, t, side, gap = torch.arange(cfg.length), cfg.text_len, cfg.length * cell, 20
+    at, t, side, gap = torch.arange(cfg.length), cfg.n_prefix, cfg.length * cell, 20
     color = torch.where((at < t)[:, None], torch.tensor([37, 99, 235]), torch.tensor([234, 88, 12]))  # (L, 3) by key
     rows = -(-len(names) // columns)
     sheet = Image.new("RGB", (min(columns, len(names)) * (side + gap) + gap, rows * (side + gap) + gap), "white")

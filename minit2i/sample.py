@@ -1,24 +1,32 @@
-"""Decoding: a trained prior and its tokenizer turn prompts into pictures.
+"""Decoding: a trained prior and its tokenizer turn prompts into pictures, or pictures into captions.
 
-A filter maps logits (B, V) to logits.  The cached loop is written once, in `generate`.
+The cached loop is written once, in `generate`; masked priors draw in masked.py; filters.py has what lies between
+logits and a code; windows.py moves a prior over pictures larger than its grid.
 
-Shapes: P prompts, n pictures of each, B = P*n, T text length, h w code grid, N = h*w, V codes.
+Shapes: P prompts, n pictures of each, B = P*n, T text length, h w code grid, N = h*w, M codes of a smaller
+picture (super-resolution), V codes.
 """
 
 import hashlib
+import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from minit2i.checkpoint import load_model, read_config
+from minit2i.filters import SCHEDULES, draw, filtered, guide, scheduled
 from minit2i.gpt import GPT, Cache, GPTConfig
+from minit2i.masked import unmask
 from minit2i.t5 import T5Text, folder_hash
 from minit2i.tokens import Text
 from minit2i.train import pick
 from minit2i.vq import VQ, VQConfig
+from minit2i.windows import centre_outward, every_place, slide
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small prior that ships
 
@@ -29,115 +37,138 @@ class SampleConfig:
 
     n: Annotated[int, "pictures of each prompt"] = 4
     cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 1.5
-    cfg_schedule: Annotated[str, "guidance over the codes: constant, or rising from 1", ("constant", "rising")] = (
-        "constant"
-    )
+    cfg_schedule: Annotated[
+        str, "guidance over the codes or steps; auto: rising for masked priors, else constant", ("auto", *SCHEDULES)
+    ] = "auto"
     temperature: Annotated[float, "below 1 safer, above 1 more varied; 0 always takes the likeliest code"] = 1.0
+    temperature_schedule: Annotated[str, "the same over the codes, from 1 or to 1", tuple(SCHEDULES)] = "constant"
     top_k: Annotated[int, "draw from the k likeliest codes; 0: from all"] = 0
     top_p: Annotated[float, "draw from the likeliest codes that hold this much probability"] = 0.9
+    min_p: Annotated[float, "draw from the codes at least this many times as likely as the likeliest"] = 0.0
+    steps: Annotated[int, "masked priors: steps that a picture is drawn in"] = 24
+    choice_noise: Annotated[float, "masked priors: Gumbel noise, falling to 0, on which codes a step keeps"] = 4.5
     seed: Annotated[int, "picture i of a prompt is drawn with seed + i"] = 0
 
     def __post_init__(self):
-        if self.n < 1:
-            raise ValueError(f"n {self.n} is less than one picture")
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative; use 0 or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k {self.top_k} is negative; use 0 for all codes")
+        for name, least in (
+            ("n", 1),
+            ("steps", 1),
+            ("temperature", 0),
+            ("top_k", 0),
+            ("cfg_scale", 0),
+            ("choice_noise", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} is less than {least}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is not in (0, 1]; use 1 for all codes")
-        if self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale {self.cfg_scale} is negative; use 0 or more")
-
-
-# --- filters -----------------------------------------------------------------------------------------
-
-
-def temperature(logits, t):
-    """Divide by the temperature; at 0 only the likeliest code stays."""
-    return top_k(logits, 1) if t == 0 else logits if t == 1 else logits / t
-
-
-def top_k(logits, k):
-    """Keep the k likeliest (and what ties with the last of them); k 0 keeps all."""
-    if k == 0 or k >= logits.shape[-1]:
-        return logits
-    least = logits.topk(k).values[..., -1:]
-    return logits.masked_fill(logits < least, -torch.inf)
-
-
-def top_p(logits, p):
-    """Keep the fewest likeliest codes whose probabilities reach p.  Nucleus sampling, arXiv:1904.09751 sec. 3.1."""
-    if p >= 1:
-        return logits
-    ordered, index = logits.sort(descending=True)
-    held = ordered.softmax(-1)
-    out = held.cumsum(-1) - held >= p  # the likelier ones hold p already
-    return logits.masked_fill(out.scatter(-1, index, out), -torch.inf)
-
-
-FILTERS = (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
-
-
-def draw(logits, u):
-    """One code per row by inverting the distribution function: logits (B, V), u (B,) in [0, 1) -> (B,)."""
-    cdf = logits.float().softmax(-1).cumsum(-1)
-    u = u[:, None] * cdf[:, -1:] * (1 - 1e-6)  # never past the end, so that no code of probability 0 is drawn
-    return torch.searchsorted(cdf, u, right=True).squeeze(1)
-
-
-def guide(conditional, unconditional, scale):
-    """Classifier-free guidance, arXiv:2207.12598 eq. 6 with scale = 1 + w."""
-    return unconditional + scale * (conditional - unconditional)
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p} is not in [0, 1]; use 0 for all codes")
 
 
 # --- the loop ----------------------------------------------------------------------------------------
 
 
+def picture_noise(cfg, n, prompts, device):
+    """Uniform numbers (n, B) for n draws, column p * cfg.n + i from seed cfg.seed + i."""
+    noise = [torch.rand(n, generator=torch.Generator().manual_seed(cfg.seed + i)) for i in range(cfg.n)]
+    return torch.stack(noise).repeat(prompts, 1).to(device).t().contiguous()
+
+
 @torch.inference_mode()
-def generate(model, text, empty, cfg, first=None, progress=None):
+def generate(model, text, empty, cfg, known=None, low=None, watch=None):
     """Draw codes for P prompts, cfg.n pictures each, one code at a time.
 
-    text (P, T) ids, or (P, T, W) states; empty (T,) ids of the empty caption, or its states, for guidance; first (P*n, m) codes that are
-    given (the first rows of a picture to finish) -> codes (P*n, N).  Picture i of each prompt is drawn
-    with seed cfg.seed + i, whatever else is in the batch.
+    text (P, T) ids, or (P, T, W) states; empty (T,) ids of the empty caption, or its states, for guidance; known (P*n, N)
+    codes that are given, -1 where to draw (a code sees those before it only); low (P*n, M) codes of the smaller
+    pictures -> codes (P*n, N).  Picture i of each prompt is drawn with seed cfg.seed + i, whatever else is in the
+    batch.  watch(codes): called after each code, with -1 where there is none yet.
     """
-    c, device = model.cfg, text.device
-    guided = cfg.cfg_scale != 1
-    b, t, n_image = len(text) * cfg.n, c.sequence.text_len, c.n_image
-    m = 0 if first is None else first.shape[1]
-    noise = [torch.rand(n_image, generator=torch.Generator().manual_seed(cfg.seed + i)) for i in range(cfg.n)]
-    noise = torch.stack(noise).repeat(len(text), 1).to(device).t().contiguous()  # (N, B)
+    c, device, guided = model.cfg, text.device, cfg.cfg_scale != 1
+    b, t, p, n_image = len(text) * cfg.n, c.sequence.text_len, c.sequence.n_prefix, c.n_image
+    noise = picture_noise(cfg, n_image, len(text), device)  # (N, B)
+    codes = torch.full((b, n_image), -1, device=device) if known is None else known.clone()
+    given = codes >= 0
+    forced, free = given.any(0).tolist(), (~given.all(0)).nonzero().flatten().tolist()
+    m, stop = (free[0], free[-1] + 1) if free else (0, 0)
+    both = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)  # the unconditional half follows
 
     rows = torch.arange(len(text), device=device).repeat_interleave(cfg.n)  # (B,) the prompt of each picture
-    if guided:  # the unconditional half follows the conditional one
+    if guided:
         text = torch.cat([text, empty[None]])
         rows = torch.cat([rows, rows.new_full((b,), len(text) - 1)])  # (2B,)
     prompt_cache = Cache(model, len(text), t)
-    before, memory = model.read(text)
-    hidden = model.trunk(before, 0, prompt_cache, memory)[:, -1:][rows]  # (2B, 1, D): predicts code 0
-    cache = prompt_cache.spread(model, rows, t + n_image - 1)
-    codes = torch.empty(b, n_image, dtype=torch.long, device=device)
-    if m:
-        codes[:, :m] = first
-        if m < n_image:
-            given = codes[:, :m].repeat(2 if guided else 1, 1)
-            hidden = model.trunk(model.code_ids(given), t, cache)[:, -1:]
-    for i in range(m, n_image):
-        logits = model.image_head(hidden)[:, 0].float()  # (2B, V)
+    begin, memory = model.read(text)
+    hidden = model.trunk(begin, 0, prompt_cache, memory)[:, -1:][rows]  # (2B, 1, D): predicts code 0
+    cache = prompt_cache.spread(model, rows, p + n_image - 1)
+    before = torch.cat([codes[:, :0] if low is None else low, codes[:, :m]], 1)  # (B, M+m)
+    if before.shape[1] and stop:
+        hidden = model.trunk(model.code_ids(both(before)), t, cache)[:, -1:]
+    for i in range(m, stop):
+        logits, u = model.image_head(hidden)[:, 0].float(), (i + 1) / n_image  # (2B, V)
         if guided:
-            rise = (i + 1) / n_image if cfg.cfg_schedule == "rising" else 1.0
-            logits = guide(*logits.chunk(2), 1 + (cfg.cfg_scale - 1) * rise)
-        for name, f in FILTERS:
-            logits = f(logits, getattr(cfg, name))
-        code = draw(logits, noise[i])
-        codes[:, i] = code
-        if progress:
-            progress()
-        if i + 1 < n_image:
-            ids = model.code_ids(code)[:, None]
-            hidden = model.trunk(torch.cat([ids, ids]) if guided else ids, t + i, cache)
+            schedule = "constant" if cfg.cfg_schedule == "auto" else cfg.cfg_schedule
+            logits = guide(*logits.chunk(2), scheduled(cfg.cfg_scale, schedule, u))
+        code = draw(filtered(logits, cfg, u), noise[i])
+        codes[:, i] = torch.where(given[:, i], codes[:, i], code) if forced[i] else code
+        if watch:
+            watch(codes)
+        if i + 1 < stop:
+            hidden = model.trunk(both(model.code_ids(codes[:, i : i + 1])), p + i, cache)
     return codes
+
+
+def shrink(images, f):
+    """images (B, 3, H, W) -> (B, 3, H/f, W/f), as super-resolution sees them in training."""
+    return F.interpolate(images, scale_factor=1 / f, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def draw_codes(model, text, empty, cfg, known=None, low=None, watch=None):
+    """`generate`, or for a masked prior `masked.unmask`."""
+    loop = unmask if model.cfg.objective == "masked" else generate
+    return loop(model, text, empty, cfg, known, low, watch)
+
+
+# --- captions and scores -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def write_captions(model, codes, bos, eos, cfg):
+    """A captioner (--order image) reads codes (P, N) -> ids (P*n, T), pads after the end mark; seeds as in `generate`."""
+    t, b, n_image = model.cfg.text_len, len(codes) * cfg.n, codes.shape[1]
+    noise = picture_noise(cfg, t, len(codes), codes.device)
+    rows = torch.arange(len(codes), device=codes.device).repeat_interleave(cfg.n)
+    cache = Cache(model, len(codes), 1 + n_image)
+    start = torch.cat([torch.full_like(codes[:, :1], bos), model.code_ids(codes)], 1)
+    hidden = model.trunk(start, 0, cache)[:, -1:][rows]
+    cache = cache.spread(model, rows, n_image + t - 1)
+    ids = (model.cfg.n_vocab + torch.arange(t, device=codes.device)).repeat(b, 1)  # pads
+    ids[:, 0], done = bos, torch.zeros(b, dtype=torch.bool, device=codes.device)
+    for i in range(1, t):
+        token = draw(filtered(model.text_head(hidden)[:, 0].float(), cfg, i / t), noise[i])
+        ids[:, i] = torch.where(done, ids[:, i], token)
+        done |= token == eos
+        if done.all() or i + 1 == t:
+            break
+        hidden = model.trunk(ids[:, i : i + 1], n_image + i, cache)
+    return ids
+
+
+@torch.inference_mode()
+def text_loss(model, text, codes):
+    """CapLoss with a captioner: mean loss of each picture's caption tokens, text (B, T), codes (B, N) -> (B,) nats.
+
+    CogView, arXiv:2105.13290 sec. 3.2 (the mean over tokens, not the sum).
+    """
+    target = text[:, 1:].masked_fill(text[:, 1:] >= model.cfg.n_vocab, -100)
+    loss = F.cross_entropy(model.logits(text, codes)[0].float().mT, target, reduction="none")  # (B, T-1)
+    return loss.sum(1) / (target >= 0).sum(1).clamp_min(1)
+
+
+@torch.inference_mode()
+def image_loss(model, text, codes, low=None):
+    """Mean loss of each picture's codes under a causal prior, -log p(codes | text) / N: (B,) nats."""
+    return F.cross_entropy(model.logits(text, codes, low)[1].float().mT, codes, reduction="none").mean(1)
 
 
 # --- a prior with all that belongs to it ---------------------------------------------------------------
@@ -190,35 +221,123 @@ class Painter:
                 raise ValueError(f"the codes of {vq} are not those of {folder}; use one finetuned from its tokenizer")
         self.text = load_text(folder, config, self.device)
         self.hash = file_hash(Path(folder, "model.safetensors"))
+        self.vq_hash = file_hash(Path(folder, "vq", "model.safetensors"))
         self.size = tuple(s * self.vq.cfg.stride for s in (self.prior.cfg.grid_h, self.prior.cfg.grid_w))
 
     def ids(self, prompts):
         """prompts -> ids (P, T), or states (P, T, W)."""
         return torch.stack([self.text.encode(prompt) for prompt in prompts]).to(self.device)
 
-    def codes(self, prompts, cfg, first=None, progress=None):
-        """prompts, cfg, first (P*n, m) codes or None -> codes (P*n, N): all pictures of a prompt, then the next's."""
-        return generate(self.prior, self.ids(prompts), self.ids([""])[0], cfg, first, progress)
+    def codes(self, prompts, cfg, known=None, low=None, watch=None):
+        """Draw codes: all pictures of a prompt, then the next prompt's -> (P*n, h, w).
 
-    def images(self, codes):
-        """codes (B, N) -> images (B, 3, H, W) in [-1, 1]."""
-        return self.vq.decode(codes.view(-1, self.prior.cfg.grid_h, self.prior.cfg.grid_w))
-
-    def paint(self, prompts, cfg, first=None, batch=64, bar=False):
-        """Any number of prompts, at most `batch` pictures at a time -> yields (prompt, images (n, 3, H, W)).
-
-        first: codes (1, m) that all pictures begin with.
+        known (P*n, h, w), -1 where to draw; its grid may be larger than the prior's.  low (P*n, h/f, w/f): the codes of
+        the smaller pictures, for a prior that enlarges f times.  ValueError if the sizes do not fit.
         """
-        n, per = min(cfg.n, batch), max(1, batch // cfg.n)
-        jobs = [(prompts[k : k + per], i) for k in range(0, len(prompts), per) for i in range(0, cfg.n, n)]
-        codes = self.prior.cfg.n_image - (0 if first is None else first.shape[1])
-        done = []  # pictures of one prompt, when they do not fit into one batch
-        with tqdm(total=len(jobs) * codes, unit="code", disable=not bar) as count:
-            for some, i in jobs:
-                part = replace(cfg, n=min(n, cfg.n - i), seed=cfg.seed + i)
-                given = None if first is None else first.repeat(len(some) * part.n, 1)
-                images = self.images(self.codes(some, part, given, count.update))
-                done.append(images.unflatten(0, (len(some), part.n)))
-                if i + part.n == cfg.n:
-                    yield from zip(some, torch.cat(done, 1))
-                    done = []
+        c, b = self.prior.cfg, len(prompts) * cfg.n
+        own, f = (c.grid_h, c.grid_w), c.low
+        if bool(f) != (low is not None):
+            raise ValueError(
+                "this prior enlarges pictures: give it one" if f else "this prior does not enlarge pictures"
+            )
+        if known is None:
+            grid = own if low is None else (f * low.shape[1], f * low.shape[2])
+            known = torch.full((b, *grid), -1, device=self.device)
+        grid, ids, empty = tuple(known.shape[1:]), self.ids(prompts), self.ids([""])[0]
+        if grid[0] < own[0] or grid[1] < own[1]:
+            raise ValueError(f"{grid[0]}x{grid[1]} codes are fewer than the {own[0]}x{own[1]} this prior draws")
+        if f and (grid[0] % f or grid[1] % f):
+            raise ValueError(f"{grid[0]}x{grid[1]} codes are not a multiple of {f}, the factor this prior enlarges by")
+
+        def window(part, k, top, left):
+            small = None
+            if f:
+                small = low[:, top // f : (top + own[0]) // f, left // f : (left + own[1]) // f].flatten(1)
+            settings = replace(cfg, seed=cfg.seed + 1_000_003 * k)  # noise of its own for each window
+            alone = None if grid != own or watch is None else lambda codes: watch(codes.view(-1, *own))
+            return draw_codes(self.prior, ids, empty, settings, part.flatten(1), small, alone).view(-1, *own)
+
+        if grid == own:
+            return window(known, 0, 0, 0)
+        causal = c.objective == "causal" and not f
+        plan = every_place(grid, own) if causal else centre_outward(grid, own, f or 1)
+        return slide(window, known, own, plan, watch)
+
+    def captions(self, images, cfg):
+        """A captioner reads images (B, 3, H, W) -> cfg.n captions for each, of printable characters."""
+        codes, sp = self.vq.encode(images.to(self.device)).flatten(1), self.text.sp
+        ids = write_captions(self.prior, codes, sp.bos_id(), sp.eos_id(), cfg)
+        captions = ["".join(c for c in self.text.decode(row) if c.isprintable()) for row in ids]
+        return [captions[i : i + cfg.n] for i in range(0, len(captions), cfg.n)]
+
+    @torch.inference_mode()
+    def images(self, codes):
+        """codes (B, h, w) -> images (B, 3, H, W) in [-1, 1]; gray where a code is -1."""
+        images = self.vq.decode(codes.clamp_min(0))
+        s = images.shape[2] // codes.shape[1]
+        hidden = (codes < 0)[:, None].repeat_interleave(s, 2).repeat_interleave(s, 3)
+        return images.masked_fill(hidden, 0.0)
+
+    def draw(self, prompts, cfg, known=None, low=None, batch=64, bar=None, watch=None, failed=None):
+        """Any number of prompts (an iterable), at most `batch` pictures at a time -> yields (prompt, codes (n, h, w)).
+
+        known, low: (1, h, w), of all pictures.  watch(prompts, codes (P, m, h, w)): called as they grow; bar: a
+        tqdm bar that counts prompts.  failed(prompt, error): called for a prompt that cannot be drawn, which is
+        then left out; without it the error is raised.
+        """
+
+        def batches(some):
+            for i in range(0, cfg.n, batch):  # pictures of one prompt may not fit into one batch
+                part = replace(cfg, n=min(batch, cfg.n - i), seed=cfg.seed + i)
+                given = [None if x is None else x.expand(len(some) * part.n, -1, -1) for x in (known, low)]
+
+                def grown(codes):
+                    if bar is not None:
+                        bar.show(lambda: len(some) * (i + float((codes >= 0).float().mean()) * part.n) / cfg.n)
+                    if watch:
+                        watch(some, codes.unflatten(0, (len(some), part.n)))
+
+                codes = self.codes(some, part, *given, grown if bar is not None or watch else None)
+                yield codes.unflatten(0, (len(some), part.n))
+
+        def attempt(some):
+            try:
+                return list(zip(some, torch.cat(list(batches(some)), 1)))
+            except (RuntimeError, ValueError) as e:  # no memory left is a RuntimeError: try fewer at once
+                if failed is None:
+                    raise
+                if len(some) > 1:
+                    return attempt(some[: len(some) // 2]) + attempt(some[len(some) // 2 :])
+                failed(some[0], e)
+                return []
+
+        prompts = iter(prompts)
+        while some := list(islice(prompts, max(1, batch // cfg.n))):
+            yield from attempt(some)
+            if bar is not None:
+                bar.update(len(some))
+
+    def paint(self, prompts, cfg, batch=64, bar=False, **how):
+        """As `draw`, but yields (prompt, images (n, 3, H, W)); bar: whether to show one."""
+        with Bar(len(prompts), disable=not bar) as shown:
+            for prompt, codes in self.draw(prompts, cfg, batch=batch, bar=shown if bar else None, **how):
+                yield prompt, torch.cat([self.images(part) for part in codes.split(batch)])
+
+
+class Bar(tqdm):
+    """A progress bar over prompts that also moves within one, at most five times a second."""
+
+    def __init__(self, total=None, **how):
+        super().__init__(
+            total=total, bar_format="{l_bar}{bar}| {n:.1f}/{total_fmt} prompts [{elapsed}<{remaining}]", **how
+        )
+
+    def show(self, share):
+        """share: function without arguments -> prompts' worth of work done since the last update."""
+        if not self.disable and time.monotonic() - self.last_shown > 0.2:
+            self.last_shown, n = time.monotonic(), self.n
+            self.n = n + share()
+            self.refresh()
+            self.n = n
+
+    last_shown = 0.0

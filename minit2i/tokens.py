@@ -211,16 +211,17 @@ class CodeCache:
 
 
 class Coded(torch.utils.data.Dataset):
-    """Position p -> (text ids (T,), or a frozen encoder's states (T, W); codes (N,); 1 if the caption was cut).
+    """Position p -> (text ids (T,), or a frozen encoder's states (T, W); codes (N,); codes (M,) of the shrunk picture; 1 if
+    the caption was cut).
 
-    seed None: entries in order, first crop and caption, nothing dropped (validation).
-    bpe_dropout: DALL-E, arXiv:2102.12092 sec. 2.2.  cond_drop: the caption is replaced by the empty
-    one with that probability, for classifier-free guidance (arXiv:2207.12598).
+    low: cache of the same crops shrunk, for super-resolution; without it M is 0.  seed None: entries in order, first
+    crop and caption, nothing dropped (validation).  bpe_dropout: DALL-E, arXiv:2102.12092 sec. 2.2.  cond_drop: the
+    caption is replaced by the empty one with that probability, for classifier-free guidance (arXiv:2207.12598).
     """
 
-    def __init__(self, source, indices, cache, text, seed=None, bpe_dropout=0.0, cond_drop=0.0):
+    def __init__(self, source, indices, cache, text, seed=None, bpe_dropout=0.0, cond_drop=0.0, low=None):
         self.source, self.cache, self.text, self.seed = source, cache, text, seed
-        self.bpe_dropout, self.cond_drop = bpe_dropout, cond_drop
+        self.bpe_dropout, self.cond_drop, self.low = bpe_dropout, cond_drop, low
         self.indices, self.rows = indices, np.flatnonzero(cache.ok)
         if not len(self.rows):
             why = "; ".join(f"{k}: {r}" for k, r in cache.skipped[:3])
@@ -237,10 +238,17 @@ class Coded(torch.utils.data.Dataset):
             lines = self.source.captions(int(self.indices[row]), None if self.text.fixed else rng)
         except BadEntry:  # gone since the cache was made: as if dropped
             lines = [""]
-        crops, before = self.cache.codes[row], self.text.n_cut
+        crop, before = 0, self.text.n_cut
         if rng is None:
-            ids, codes = self.text.encode(lines[0]), crops[0]
+            ids = self.text.encode(lines[0])
         else:
             line = "" if rng.random() < self.cond_drop else lines[rng.integers(len(lines))]
-            ids, codes = self.text.encode(line, self.bpe_dropout, rng), crops[rng.integers(len(crops))]
-        return ids, torch.from_numpy(codes.astype(np.int64)).flatten(), self.text.n_cut - before
+            ids, crop = self.text.encode(line, self.bpe_dropout, rng), rng.integers(len(self.cache.codes[row]))
+        codes = flat(self.cache.codes[row][crop])
+        low = codes[:0] if self.low is None else flat(self.low.codes[row][crop])
+        return ids, codes, low, self.text.n_cut - before
+
+
+def flat(codes):
+    """Codes (h, w) of a cache -> (h*w,) long."""
+    return torch.from_numpy(codes.astype(np.int64)).flatten()

@@ -52,7 +52,7 @@ def test_super_resolution_on_top_of_a_frozen_tokenizer(vq, prior, pictures, tmp_
     bicubic = torch.nn.functional.interpolate(small.decode(small.encode(x)), scale_factor=2, mode="bicubic")
     assert y.shape == (4, 3, 64, 64) and 0 < (y - bicubic).abs().max() < 0.5
     painter = Painter(prior, vq=tmp_path / "x2")
-    assert painter.images(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 3, 64, 64) and painter.size == (32, 32)
+    assert painter.images(torch.zeros(1, 4, 4, dtype=torch.long)).shape == (1, 3, 64, 64) and painter.size == (32, 32)
 
 
 @pytest.mark.parametrize(

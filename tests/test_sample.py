@@ -1,4 +1,4 @@
-"""Decoding: filters against brute force, guidance, seeds, cached against uncached, finishing a picture."""
+"""Decoding: filters against brute force, schedules, guidance, seeds, cached against uncached, finishing a picture."""
 
 from collections import Counter
 from dataclasses import replace
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minit2i.gpt import GPT, GPTConfig
-from minit2i.sample import FILTERS, SampleConfig, draw, generate, guide, temperature, top_k, top_p
+from minit2i.filters import FILTERS, draw, filtered, guide, min_p, scheduled, temperature, top_k, top_p
+from minit2i.sample import SampleConfig, generate, image_loss, text_loss, write_captions
 
 CFG = GPTConfig(n_layer=2, n_head=2, n_embd=16, text_len=5, n_vocab=11, n_codes=13, grid_h=3, grid_w=2)
 
@@ -63,6 +64,25 @@ def test_temperature():
     assert temperature(logits, 0).argmax(1).equal(logits.argmax(1))
 
 
+def test_min_p_against_brute_force():
+    logits = torch.randn(20, 13) * 2
+    for p in (0.01, 0.3, 1.0):
+        for row, keep in zip(logits, min_p(logits, p).isfinite()):
+            probability = row.softmax(0).tolist()
+            assert keep.tolist() == [x >= p * max(probability) * (1 - 1e-6) for x in probability]
+    assert min_p(logits, 0.0).equal(logits)
+
+
+def test_schedules():
+    for schedule, expected in (("constant", [3, 3, 3]), ("rising", [1.5, 2, 3]), ("falling", [2.5, 2, 1])):
+        assert [scheduled(3.0, schedule, u) for u in (0.25, 0.5, 1.0)] == expected
+    logits = torch.randn(4, 13)
+    cfg = SampleConfig(temperature=0.5, temperature_schedule="rising", top_p=1.0)
+    assert torch.allclose(filtered(logits, cfg, 0.5), logits / 0.75) and filtered(logits, cfg, 0.0).equal(logits)
+    cfg = SampleConfig(temperature=0.0, temperature_schedule="rising", top_p=1.0)
+    assert filtered(logits, cfg, 1.0).isfinite().sum(1).tolist() == [1] * 4
+
+
 @pytest.mark.parametrize("name, f", FILTERS)
 def test_filters_leave_their_input_alone(name, f):
     logits = torch.randn(4, 13)
@@ -85,20 +105,25 @@ def test_draw_follows_the_distribution():
 # --- the loop ---
 
 
-def uncached(model, text, empty, cfg):
+def uncached(model, text, empty, cfg, known=None, low=None):
     """The same pictures by recomputing all logits for each code, one picture at a time."""
     n_image, out = model.cfg.n_image, []
     for prompt in text:
         for i in range(cfg.n):
             noise = torch.rand(n_image, generator=torch.Generator().manual_seed(cfg.seed + i))
-            codes = torch.zeros(1, n_image, dtype=torch.long)
+            codes, b = torch.zeros(1, n_image, dtype=torch.long), len(out)
+            small = None if low is None else low[b : b + 1]
             for k in range(n_image):
-                logits = model.logits(prompt[None], codes)[1][:, k]
-                scale = 1 + (cfg.cfg_scale - 1) * ((k + 1) / n_image if cfg.cfg_schedule == "rising" else 1)
+                logits, u = model.logits(prompt[None], codes, small)[1][:, k], (k + 1) / n_image
+                rise = {"rising": u, "falling": 1 - u}
+                scale = 1 + (cfg.cfg_scale - 1) * rise.get(cfg.cfg_schedule, 1)
                 if cfg.cfg_scale != 1:
-                    logits = guide(logits, model.logits(empty[None], codes)[1][:, k], scale)
-                logits = top_p(top_k(temperature(logits, cfg.temperature), cfg.top_k), cfg.top_p)
+                    logits = guide(logits, model.logits(empty[None], codes, small)[1][:, k], scale)
+                t = 1 + (cfg.temperature - 1) * rise.get(cfg.temperature_schedule, 1)
+                logits = min_p(top_p(top_k(temperature(logits, t), cfg.top_k), cfg.top_p), cfg.min_p)
                 codes[0, k] = draw(logits, noise[k : k + 1])
+                if known is not None and known[b, k] >= 0:
+                    codes[0, k] = known[b, k]
             out.append(codes[0])
     return torch.stack(out)
 
@@ -109,8 +134,9 @@ def uncached(model, text, empty, cfg):
         {},
         {"cfg_scale": 1.0},
         {"cfg_schedule": "rising"},
+        {"cfg_schedule": "falling", "temperature_schedule": "falling", "temperature": 2.0},
         {"temperature": 0.0},
-        {"top_k": 4, "top_p": 0.8, "temperature": 0.7},
+        {"top_k": 4, "top_p": 0.8, "temperature": 0.7, "min_p": 0.1},
         {"cfg_scale": 0.0},
     ],
     ids=str,
@@ -118,6 +144,16 @@ def uncached(model, text, empty, cfg):
 def test_the_cached_loop_equals_the_naive_one(model, text, settings):
     cfg = SampleConfig(n=2, **settings)
     assert generate(model, text, EMPTY, cfg).equal(uncached(model, text, EMPTY, cfg))
+
+
+def test_known_codes_anywhere_are_kept_and_seen_by_what_follows(model, text):
+    cfg = SampleConfig(n=2)
+    for places in ([], [0], [3], [0, 1, 4], [5], range(6)):
+        known = torch.full((6, 6), -1)
+        known[:, places] = torch.arange(6)[:, None] % 13
+        assert generate(model, text, EMPTY, cfg, known).equal(uncached(model, text, EMPTY, cfg, known))
+    known[1, 2] = -1  # in one picture only
+    assert generate(model, text, EMPTY, cfg, known).equal(uncached(model, text, EMPTY, cfg, known))
 
 
 def test_batched_equals_alone_and_seeds_name_pictures(model, text):
@@ -140,8 +176,9 @@ def test_the_callers_tensors_are_never_changed(model, text):
     """A guidance loop that builds its second half in place once zeroed the prompt in a well-known repository."""
     before, empty, first = text.clone(), EMPTY.clone(), torch.zeros(6, 2, dtype=torch.long)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
+    first = torch.cat([first, first - 1, first - 1], 1)
     generate(model, text, EMPTY, SampleConfig(n=2), first)
-    assert text.equal(before) and EMPTY.equal(empty) and first.eq(0).all()
+    assert text.equal(before) and EMPTY.equal(empty) and first.eq(0).sum() == 12
     assert all(v.equal(weights[k]) for k, v in model.state_dict().items())
 
 
@@ -149,16 +186,94 @@ def test_the_callers_tensors_are_never_changed(model, text):
 def test_finishing_a_picture_keeps_what_is_given_and_goes_on_as_before(model, text, m):
     cfg = SampleConfig(n=2)
     whole = generate(model, text, EMPTY, cfg)
-    assert generate(model, text, EMPTY, cfg, whole[:, :m]).equal(whole)
-    other = (whole[:, :m] + 1) % 13
-    assert generate(model, text, EMPTY, cfg, other)[:, :m].equal(other)
+    known = whole.clone()
+    known[:, m:] = -1
+    assert generate(model, text, EMPTY, cfg, known).equal(whole)
+    known[:, :m] = (whole[:, :m] + 1) % 13
+    assert generate(model, text, EMPTY, cfg, known)[:, :m].equal(known[:, :m])
+
+
+def test_every_code_is_watched(model, text):
+    seen = []
+    codes = generate(model, text, EMPTY, SampleConfig(n=2), watch=lambda c: seen.append(c.clone()))
+    assert [int((c >= 0).sum()) for c in seen] == [6, 12, 18, 24, 30, 36] and seen[-1].equal(codes)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"n": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"cfg_scale": -1.0}],
+    [
+        {"n": 0},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"cfg_scale": -1.0},
+        {"min_p": 2.0},
+        {"steps": 0},
+    ],
     ids=str,
 )
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SampleConfig(**settings)
+
+
+# --- super-resolution and captions ---
+
+
+@pytest.mark.parametrize("pos", ["learned", "rotary"])
+def test_super_resolution_sees_the_small_picture_and_the_cached_loop_agrees(text, pos):
+    cfg = replace(CFG, low=2, grid_h=4, grid_w=2, n_embd=16, pos=pos)
+    model = GPT(cfg).requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    low, codes = torch.randint(0, 13, (3, 2)), torch.randint(0, 13, (3, 8))
+    logits = model.logits(text, codes, low)[1]
+    for place in range(2):
+        other = low.clone()
+        other[:, place] = (low[:, place] + 1) % 13
+        changed = (model.logits(text, codes, other)[1] - logits).abs().amax(2)
+        assert changed.min() > 1e-5, "each small code matters to every code"
+    assert model.logits(text, codes, codes[:, :2])[1].shape == (3, 8, 13)
+    small = low.repeat_interleave(2, 0)
+    for known in (None, torch.cat([small, torch.full((6, 6), -1)], 1)):
+        drawn = generate(model, text, EMPTY, SampleConfig(n=2), known, small)
+        assert drawn.equal(uncached(model, text, EMPTY, SampleConfig(n=2), known, small))
+
+
+@pytest.mark.parametrize("pos", ["learned", "rotary"])
+def test_a_captioner_reads_the_picture_first(text, pos):
+    model = GPT(replace(CFG, order="image", pos=pos)).requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    codes = torch.randint(0, 13, (2, 6))
+    cfg = SampleConfig(n=2, top_p=0.8)
+    ids = write_captions(model, codes, 1, 2, cfg)
+    for b, row in enumerate(ids):  # a naive loop
+        noise = torch.rand(5, generator=torch.Generator().manual_seed(b % 2))
+        expected = 11 + torch.arange(5)
+        expected[0] = 1
+        for t in range(1, 5):
+            logits = model.logits(expected[None], codes[b // 2][None])[0][:, t - 1]
+            expected[t] = draw(top_p(logits, 0.8), noise[t : t + 1])
+            if expected[t] == 2:
+                break
+        assert row.equal(expected)
+    # what sees what: text all codes, codes no text but the beginning mark
+    text_logits, image_logits = model.logits(text[:2], codes)
+    other = text[:2].clone()
+    other[:, 1:] = (other[:, 1:] + 1) % 11
+    assert model.logits(other, codes)[1].equal(image_logits)
+    assert ((model.logits(text[:2], (codes + 1) % 13)[0] - text_logits).abs().amax(2) > 1e-5).all()
+
+
+def test_losses_of_captions_and_pictures_are_means_over_their_tokens(model, text):
+    captioner = GPT(replace(CFG, order="image")).requires_grad_(False)
+    codes, pads = torch.randint(0, 13, (3, 6)), text.clone()
+    pads[0, 3:] = torch.tensor([14, 15])
+    t, i = captioner.logits(pads, codes)[0].log_softmax(2), model.logits(text, codes)[1].log_softmax(2)
+    for b, n in enumerate((2, 4, 4)):
+        by_hand = -sum(float(t[b, k, pads[b, k + 1]]) for k in range(n)) / n
+        assert abs(float(text_loss(captioner, pads, codes)[b]) - by_hand) < 1e-5
+        by_hand = -sum(float(i[b, k, codes[b, k]]) for k in range(6)) / 6
+        assert abs(float(image_loss(model, text, codes)[b]) - by_hand) < 1e-5

@@ -186,7 +186,7 @@ def test_a_prior_on_t5_from_end_to_end(folder, pictures, vq, tmp_path):  # noqa:
     painter = Painter(tmp_path / "a")
     red, blue = (painter.prior.logits(painter.ids([p]), torch.zeros(1, 16, dtype=torch.long))[1] for p in CAPTIONS[:2])
     assert not red.equal(blue)
-    assert painter.codes(CAPTIONS[:2], SampleConfig(n=2)).shape == (4, 16)
+    assert painter.codes(CAPTIONS[:2], SampleConfig(n=2)).shape == (4, 4, 4)
     export(tmp_path / "a", tmp_path / "small")
     with pytest.raises(ValueError, match="is not in t5"):  # the folder's name is left, to be mended in config.json
         Painter(tmp_path / "small")

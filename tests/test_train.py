@@ -23,10 +23,11 @@ import sample
 import train_prior
 import train_vq
 from minit2i import checkpoint, train
-from minit2i.data import DataConfig
+from minit2i.data import DataConfig, crop, to_pil
 from minit2i.export import export
 from minit2i.gpt import GPTConfig
-from minit2i.sample import FILTERS, Painter, SampleConfig
+from minit2i.filters import FILTERS
+from minit2i.sample import Painter, SampleConfig
 from minit2i.scenes import caption, render, scene_at
 from minit2i.vq import VQConfig
 
@@ -181,11 +182,29 @@ def test_an_exported_prior_draws_from_half_the_bytes(prior, tmp_path):
     assert small.shape == whole.shape and small.eq(whole).float().mean() > 0.5
 
 
-def test_finishing_a_picture_keeps_its_first_rows_of_codes(prior, pictures):
+def test_finishing_a_picture_keeps_its_first_rows_of_codes(prior, pictures, tmp_path):
+    out = tmp_path / "finished.png"
+    call(
+        sample,
+        "--model",
+        prior,
+        "--prompt",
+        "",
+        "--image",
+        pictures / "0.png",
+        "--keep_rows",
+        2,
+        "--out",
+        out,
+        "--n",
+        1,
+    )
     painter = Painter(prior)
-    first = sample.first_codes(painter, pictures / "0.png", 2)
-    codes = painter.codes(["a red circle"], SampleConfig(n=3), first.repeat(3, 1))
-    assert first.shape == (1, 8) and codes[:, :8].eq(first).all() and codes.shape == (3, 16)
+    codes = painter.vq.encode(crop(Image.open(pictures / "0.png").convert("RGB"), (32, 32))[None])
+    codes[:, 2:] = -1
+    drawn = painter.codes([""], SampleConfig(n=1), codes)
+    assert drawn[:, :2].equal(codes[:, :2]) and (drawn >= 0).all()
+    assert np.array_equal(np.asarray(to_pil(painter.images(drawn)[0])), np.asarray(Image.open(out)))
 
 
 def test_oblong_pictures_go_all_the_way(pictures, tmp_path):

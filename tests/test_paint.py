@@ -1,0 +1,195 @@
+"""sample.py and the priors that decode differently, end to end: prompts that stream, masked priors, captioners, larger pictures."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train_prior
+from minit2i import train
+from minit2i.sample import Painter, SampleConfig
+from test_train import PRIOR_FLAGS, call, losses, pictures, prior, stop_at, vq  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def trained(vq, prior, pictures):  # noqa: F811
+    """A function: name, flags -> the folder of a prior trained two steps with them."""
+
+    def make(name, *flags):
+        out = prior.parent / name
+        if not out.exists():
+            cache = prior.parent / "cache"
+            common = ("--data", pictures, "--vq", vq, "--out", out, "--cache", cache, "--steps", 2, "--eval_every", 1)
+            call(train_prior, *common, *PRIOR_FLAGS, *flags)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def captioner(trained, prior):  # noqa: F811
+    return trained("captioner", "--init", prior, "--order", "image", "--mask", "full")
+
+
+@pytest.fixture(scope="module")
+def larger(trained, prior):  # noqa: F811
+    return trained("larger", "--init", prior, "--size", 64, "--low", 2)
+
+
+@pytest.fixture(scope="module")
+def masked(trained):
+    return trained("masked", "--objective", "masked", "--mask", "none")
+
+
+def draw(*argv):
+    call(sample, "--device", "cpu", *argv)
+
+
+# --- many prompts ---
+
+
+def test_prompts_stream_resume_and_survive_one_that_fails(prior, tmp_path, monkeypatch):  # noqa: F811
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a red circle\n\na bad one\na blue star\na red circle\n")
+    flags = ("--model", prior, "--prompts", prompts, "--out", out, "--n", 2, "--batch", 6)
+    ids = Painter.ids
+    with monkeypatch.context() as m:
+        m.setattr(Painter, "ids", lambda self, ps: ids(self, [1 / 0 if "bad" in p else p for p in ps]))
+        with pytest.raises(ZeroDivisionError):  # a mistake in the program is not hidden
+            draw(*flags)
+
+        def failing(self, ps):
+            if any("bad" in p for p in ps):
+                raise RuntimeError("out of memory")
+            return ids(self, ps)
+
+        m.setattr(Painter, "ids", failing)
+        with pytest.raises(ValueError, match="1 of 4 prompts could not be drawn: 'a bad one': out of memory"):
+            draw(*flags)
+    names = ["00000-a-red-circle", "00002-a-blue-star", "00003-a-red-circle"]
+    assert sorted(f.name for f in out.iterdir()) == [f"{n}-{i}.png" for n in names for i in range(2)]
+    same = [np.asarray(Image.open(out / f"{names[k]}-1.png")) for k in (0, 2)]
+    assert np.array_equal(*same)
+
+    times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
+    (out / "00002-a-blue-star-0.png").write_bytes(b"cut short")
+    draw(*flags)
+    assert {f.name for f in out.iterdir() if times.get(f) != f.stat().st_mtime_ns} == {
+        f"{name}-{i}.png" for name in ("00001-a-bad-one", "00002-a-blue-star") for i in range(2)
+    }
+    times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
+    draw(*flags, "--seed", 1)
+    assert all(times[f] != f.stat().st_mtime_ns for f in out.iterdir()), "other settings, other pictures"
+
+
+def test_every_k_codes_a_frame_and_the_last_is_the_picture(prior, masked, tmp_path):  # noqa: F811
+    for model, flags, n in ((prior, ("--every", 4), 5), (masked, ("--every", 1, "--steps", 3), 3)):
+        out = tmp_path / "grown.png"
+        draw("--model", model, "--prompt", "a red circle", "--n", 2, "--out", out, *flags)
+        with Image.open(tmp_path / "grown-growing.png") as growing:
+            assert growing.n_frames == n
+            growing.seek(n - 1)
+            assert np.array_equal(np.asarray(growing.convert("RGB")), np.asarray(Image.open(out)))
+            growing.seek(0)
+            assert (np.asarray(growing.convert("RGB")) == 128).mean() > 0.5, "gray where nothing is drawn"
+
+
+# --- masked ---
+
+
+def test_a_masked_run_resumes_with_equal_losses_near_a_uniform_guess(masked, trained, monkeypatch):
+    records = train.read_log(masked / "log.jsonl")
+    assert all(abs(r["image_loss"] - math.log(32)) < 0.3 for r in records if "image_loss" in r)
+    assert all(r["text_loss"] == 0 for r in records if "text_loss" in r)
+    flags = "--objective", "masked", "--mask", "none", "--steps", 3
+    whole = trained("masked-whole", *flags)
+    with monkeypatch.context() as m:
+        stop_at(m, 2)
+        part = trained("masked-part", *flags)
+    call(train_prior, "--resume", "--out", part)
+    assert len(losses(part)) == 3 and losses(part) == losses(whole)
+
+
+def test_inpainting_and_outpainting_keep_what_is_given(masked, prior, pictures, tmp_path):  # noqa: F811
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 15, 16))  # one code of 4x4
+    mask.save(tmp_path / "mask.png")
+    picture = Image.open(pictures / "0.png")
+    for model in (masked, prior):
+        painter = Painter(model)
+        out = tmp_path / "out.png"
+        flags = ("--model", model, "--prompt", "a red circle", "--image", pictures / "0.png", "--out", out)
+        draw(*flags, "--mask", tmp_path / "mask.png", "--n", 3)
+        assert Image.open(out).size == (3 * 32 + 4, 32)
+        codes = painter.vq.encode(sample.crop(picture.convert("RGB"), (32, 32))[None])
+        known = codes.clone()
+        known[:, 1, 1] = -1
+        drawn = painter.codes(["a red circle"], SampleConfig(n=1), known)
+        assert drawn.ne(codes).sum() <= 1 and drawn[0, 1, 1] >= 0
+        sheet = sample.to_pil(painter.images(drawn)[0])
+        assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(out).crop((0, 0, 32, 32))))
+        draw(*flags, "--size", "48x64", "--n", 1, "--steps", 3)
+        assert Image.open(out).size == (64, 48)
+
+
+# --- larger ---
+
+
+def test_larger_pictures_in_windows(prior, larger, tmp_path):  # noqa: F811
+    draw("--model", prior, "--prompt", "a red circle", "--size", "40x48", "--n", 2, "--out", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (2 * 48 + 2, 40)
+    flags = ("--model", prior, "--prompt", "a red circle", "--n", 2, "--enlarge", larger)
+    for times, side in ((1, 64), (2, 128)):
+        draw(*flags, "--times", times, "--out", tmp_path / "b.png")
+        assert Image.open(tmp_path / "b.png").size == (2 * side + 2, side)
+    painter, up = Painter(prior), Painter(larger)
+    cfg = SampleConfig(n=2)
+    low = painter.codes(["a red circle"], cfg)
+    assert up.codes(["a red circle"], cfg, low=low).shape == (2, 8, 8)
+    with pytest.raises(ValueError, match="this prior enlarges pictures: give it one"):
+        up.codes(["a red circle"], cfg)
+    with pytest.raises(ValueError, match="2x2 codes are fewer than the 4x4"):
+        painter.codes(["a red circle"], cfg, torch.full((2, 2, 2), -1))
+
+
+# --- captions and scores ---
+
+
+def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, capsys):  # noqa: F811
+    draw("--model", captioner, "--caption", pictures / "3.png", "--n", 3)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    painter, judge = Painter(prior), Painter(captioner)
+    prompt = "a red circle"
+    codes = next(iter(painter.draw([prompt], SampleConfig(n=5))))[1]
+    for rerank, flags, other in (("caploss", ("--captioner", captioner), judge), ("likelihood", (), None)):
+        loss = sample.losses(painter, other, prompt, codes, 2)
+        out = tmp_path / rerank
+        draw("--model", prior, "--prompt", prompt, "--n", 2, "--best_of", 5, "--rerank", rerank, "--out", out, *flags)
+        for i in range(2):
+            with Image.open(out / f"00000-a-red-circle-{i}.png") as im:
+                assert abs(float(im.text[rerank]) - sorted(loss.tolist())[i]) < 1e-4
+                best = painter.images(codes[loss.argsort()[i]][None])[0]
+                assert np.array_equal(np.asarray(sample.to_pil(best)), np.asarray(im))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--prompt", "x", "--caption", "y"), "give one of --prompt, --prompts, --caption"),
+        (("--prompt", "x", "--mask", "m.png"), "--mask needs --image"),
+        (("--prompt", "x", "--best_of", 8), "--best_of needs --captioner"),
+        (("--prompt", "x", "--best_of", 2, "--rerank", "likelihood"), "--best_of 2 is less than --n 4"),
+        (("--prompt", "x", "--every", 2, "--n", 9, "--batch", 4), "--every shows all --n pictures"),
+        (("--caption", "PRIOR"), "--caption needs a prior of --order image"),
+        (("--prompt", "x", "--enlarge", "PRIOR"), "does not enlarge pictures"),
+        (("--prompt", "x", "--best_of", 4, "--captioner", "PRIOR"), "is no captioner"),
+        (("--prompt", "x", "--size", "24"), "3x3 codes are fewer than the 4x4"),
+    ],
+)
+def test_what_sample_refuses(flags, message, prior, tmp_path):  # noqa: F811
+    flags = [prior if f == "PRIOR" else f for f in flags]
+    with pytest.raises(ValueError, match=message):
+        draw("--model", prior, "--out", tmp_path / "x.png", *flags)
