@@ -198,83 +198,108 @@ def say_plan(model_cfg, data_cfg, cfg):
     print("\n".join(plan(model_cfg, cfg, precision, cfg.plan)))
 
 
-def main():
-    # --- configuration, processes, tokenizer ---
-    model_cfg, data_cfg, cfg = parse_flags(__doc__, GPTConfig, DataConfig, PriorTrainConfig)
-    if not data_cfg.captions:
-        raise ValueError("--no-captions is for train_vq.py: the prior needs captions")
-    if cfg.plan:
-        return say_plan(model_cfg, data_cfg, cfg)
-    p = Processes(cfg.device)
-    precision = pick_precision(cfg.precision, p.device)
-    out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)
-    vq_folder = out / "vq" if resumed else Path(cfg.vq)
-    vq = load_vq(vq_folder, p.device)
-    data_cfg = replace(data_cfg, size=data_cfg.size or read_config(vq_folder)["data"]["size"])
-    if data_cfg.flip and cfg.crops == 1:
-        raise ValueError("--flip needs --crops 2 or more: the one central crop is never mirrored")
-    vq_hash = file_hash(vq_folder / "model.safetensors")
-    init = None if resumed or not cfg.init else Path(cfg.init)
-    if cfg.init_lm and (cfg.init or cfg.text_encoder):
-        raise ValueError("--init_lm brings words and weights of its own; leave out --init and --text_encoder")
-    if cfg.init_lm and not resumed:
-        model_cfg = replace(model_cfg, **lm_config(cfg.init_lm))
-    if init and file_hash(init / "vq" / "model.safetensors") != vq_hash:
-        raise ValueError(f"{init} was trained on the codes of another tokenizer than {cfg.vq}; use --vq {init / 'vq'}")
-    grid_h, grid_w = vq.grid(*parse_size(data_cfg.size))
+def find_tokenizer(cfg, out, resumed, device):
+    """The tokenizer that the run is about -> VQ, its folder, its hash.  ValueError if --init knows another one's codes."""
+    folder = out / "vq" if resumed else Path(cfg.vq)
+    vq, vq_hash = load_vq(folder, device), file_hash(folder / "model.safetensors")
+    if cfg.init and not resumed and file_hash(Path(cfg.init, "vq", "model.safetensors")) != vq_hash:
+        theirs = Path(cfg.init, "vq")
+        raise ValueError(f"{cfg.init} was trained on the codes of another tokenizer than {cfg.vq}; use --vq {theirs}")
+    return vq, folder, vq_hash
 
-    # --- data: captions -> text model, pictures -> codes, once ---
-    (source, train), (val_source, val) = split(data_cfg)
-    if p.main and not resumed:
-        for name in ("config.json", "model.safetensors"):
-            write_file(out / "vq" / name, Path(vq_folder, name).read_bytes())
-        if cfg.init_lm:
-            write_file(out / "text.model", lm_text(cfg.init_lm))
-        elif init and not cfg.text_encoder:
-            write_file(out / "text.model", (init / "text.model").read_bytes())
-        elif not cfg.text_encoder:
-            write_file(out / "text.model", train_text(source, train, cfg.vocab_size))
-    p.barrier()
-    text = read_captions(out, cfg, model_cfg.text_len, ((source, train), (val_source, val)), p, precision)
-    train_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed)
-    train_cache = code_cache(train_crops, cfg, vq, vq_hash, p, precision)
-    val_crops = Crops(val_source, val, data_cfg)
-    val_cache = code_cache(val_crops, cfg, vq, vq_hash, p, precision)
+
+def keep_inputs(out, cfg, vq_folder, source, indices):
+    """What a new run has a copy of: the tokenizer and, unless T5 reads the captions, a text model, trained now if need be."""
+    for name in ("config.json", "model.safetensors"):
+        write_file(out / "vq" / name, Path(vq_folder, name).read_bytes())
+    if cfg.init_lm:
+        write_file(out / "text.model", lm_text(cfg.init_lm))
+    elif cfg.init and not cfg.text_encoder:
+        write_file(out / "text.model", Path(cfg.init, "text.model").read_bytes())
+    elif not cfg.text_encoder:
+        write_file(out / "text.model", train_text(source, indices, cfg.vocab_size))
+
+
+def load_data(sets, text, model_cfg, data_cfg, cfg, vq, vq_hash, p, precision):
+    """Pictures -> codes, once -> training set, validation set, captions of its first pictures, Skipped."""
+
+    def cache(crops, low=0):
+        return code_cache(crops, cfg, vq, vq_hash, p, precision, low)
+
+    (source, train), (val_source, val) = sets
+    train_crops, val_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed), Crops(val_source, val, data_cfg)
+    train_cache, val_cache = cache(train_crops), cache(val_crops)
     if not val_cache.ok.any():  # a few pictures, and the one kept for validation is bad
         val_source, val, val_crops, val_cache = source, train, train_crops, train_cache
     skipped = Skipped(p.say)
     skipped.add([*source.damaged, *train_cache.skipped, *val_cache.skipped])
     p.say(str(skipped))
-    train_low, val_low = (
-        code_cache(crops, cfg, vq, vq_hash, p, precision, model_cfg.low) if model_cfg.low else None
-        for crops in (train_crops, val_crops)
-    )
+    train_low, val_low = (cache(crops, model_cfg.low) if model_cfg.low else None for crops in (train_crops, val_crops))
     train_set = Coded(source, train, train_cache, text, cfg.seed, cfg.bpe_dropout, cfg.cond_drop, train_low)
     val_set = Coded(val_source, val, val_cache, text, low=val_low)
-    prompts = [val_source.captions(int(val[row]))[0] for row in val_set.rows[:8]]
-    some = collate([val_set[i] for i in range(len(prompts))])
+    return train_set, val_set, [val_source.captions(int(val[row]))[0] for row in val_set.rows[:8]], skipped
 
-    # --- model and optimizer ---
+
+def make_model(model_cfg, cfg, text, vq, grid, out, resumed):
+    """The model as it starts, from chance, --init or --init_lm.  ValueError if it is not what a resumed run has trained."""
     torch.manual_seed(cfg.seed)
-    model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
+    model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=vq.cfg.n_codes, grid_h=grid[0], grid_w=grid[1])
     if cfg.text_encoder:
         model_cfg = replace(model_cfg, n_states=text.width)
-    if resumed and model_cfg != pick(GPTConfig, read_config(out)["model"]):
-        raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
-    if resumed and cfg.block_scale != read_config(out)["train"].get("block_scale", False):
-        raise ValueError(
-            f"--resume cannot change --block_scale, as the scales of {out} would be lost; use another --out"
-        )
+    if resumed:
+        before = read_config(out)
+        if model_cfg != pick(GPTConfig, before["model"]):
+            raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
+        if cfg.block_scale != before["train"].get("block_scale", False):
+            raise ValueError(
+                f"--resume cannot change --block_scale: the scales of {out} would be lost; use another --out"
+            )
+        if before.get("text_encoder", {}).get("hash") != (text.hash if cfg.text_encoder else None):
+            raise ValueError(f"--resume cannot change what reads the captions of {out}; use another --out")
     model = GPT(model_cfg)
     if not model.masked:
         model.check_causal()
     if model.text_ahead and cfg.text_weight and model_cfg.text_loss:
         raise ValueError(f"mask {model_cfg.mask} shows text what it should predict: it needs --text_weight 0")
-    if init:
-        load_model(init, model, fit_grid).train()
+    if cfg.init and not resumed:
+        load_model(cfg.init, model, fit_grid).train()
     if cfg.init_lm and cfg.init_lm_weights and not resumed:
         load_lm(cfg.init_lm, model)
-    n_params = sum(w.numel() for w in model.parameters())
+    return model
+
+
+def main():
+    # --- configuration, processes, tokenizer ---
+    model_cfg, data_cfg, cfg = parse_flags(__doc__, GPTConfig, DataConfig, PriorTrainConfig)
+    if cfg.plan:
+        return say_plan(model_cfg, data_cfg, cfg)
+    if not data_cfg.captions:
+        raise ValueError("--no-captions is for train_vq.py: the prior needs captions")
+    if data_cfg.flip and cfg.crops == 1:
+        raise ValueError("--flip needs --crops 2 or more: the one central crop is never mirrored")
+    if cfg.init_lm and (cfg.init or cfg.text_encoder):
+        raise ValueError("--init_lm brings words and weights of its own; leave out --init and --text_encoder")
+    p = Processes(cfg.device)
+    precision = pick_precision(cfg.precision, p.device)
+    out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)
+    if cfg.init_lm and not resumed:
+        model_cfg = replace(model_cfg, **lm_config(cfg.init_lm))
+    vq, vq_folder, vq_hash = find_tokenizer(cfg, out, resumed, p.device)
+    data_cfg = replace(data_cfg, size=data_cfg.size or read_config(vq_folder)["data"]["size"])
+    grid = vq.grid(*parse_size(data_cfg.size))
+
+    # --- data: captions -> text model, pictures -> codes, once ---
+    sets = split(data_cfg)
+    if p.main and not resumed:
+        keep_inputs(out, cfg, vq_folder, *sets[0])
+    p.barrier()
+    text = read_captions(out, cfg, model_cfg.text_len, sets, p, precision)
+    train_set, val_set, prompts, skipped = load_data(sets, text, model_cfg, data_cfg, cfg, vq, vq_hash, p, precision)
+    shown_samples = collate([val_set[i] for i in range(len(prompts))])
+
+    # --- model and optimizer ---
+    model = make_model(model_cfg, cfg, text, vq, grid, out, resumed)
+    model_cfg, n_params = model.cfg, sum(w.numel() for w in model.parameters())
     scaler = make_scaler(model, cfg, p, precision)
     forward = parallelize(model, p, cfg, precision, scaler)
     optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
@@ -285,14 +310,11 @@ def main():
     config = {"kind": "prior", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
     if cfg.text_encoder:
         config["text_encoder"] = {"folder": str(Path(cfg.text_encoder).resolve()), "hash": text.hash}
-    if resumed and read_config(out).get("text_encoder", {}).get("hash") != (text.hash if cfg.text_encoder else None):
-        raise ValueError(f"--resume cannot change what reads the captions of {out}; use another --out")
     p.say(
         f"{len(train_set)} training and {len(val_set)} validation pictures; {text.n_vocab} text tokens; "
         f"{model_cfg.text_len}+{model_cfg.n_image} positions; {n_params / 1e6:.2f} M parameters; {precision} on "
         f"{p.world} x {p.device.type}; from step {start} to {cfg.steps}"
     )
-
     step, all_cut, part_size = start, earlier_cut, cfg.batch_size // (cfg.accum * p.world)
 
     # --- the loop ---
@@ -305,7 +327,7 @@ def main():
                 val_text, val_image = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
                 painter = unsharded(model, p)
                 if p.main:
-                    sheet, captions = draw_samples(painter, vq, text, prompts, some, cfg, p.device)
+                    sheet, captions = draw_samples(painter, vq, text, prompts, shown_samples, cfg, p.device)
                     save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(captions))
             log.write(step=step, val_text_loss=val_text, val_image_loss=val_image)
             p.say(f"\nstep {step}: val loss text {val_text:.3f}, image {val_image:.3f} nats a token")
