@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 train_prior.py --data 'shards/{00000..00041}.tar' --vq out/vq --out out/prior \\
         --batch_size 512 --n_layer 12 --n_embd 768 --n_head 12
     python train_prior.py --objective masked ...                         MaskGIT, Muse
+    python train_prior.py --objective text --data book.txt ...           a language model, for --init_lm OUT/lm
     python train_prior.py --init out/prior --order image ...             a captioner
     python train_prior.py --init out/prior --size 128 --low 2 ...        token super-resolution
 """
@@ -19,7 +20,7 @@ from minit2i.checkpoint import has_state, load_model, load_state, read_config, s
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, SIZES, GPTConfig, fit_grid
-from minit2i.lm import lm_config, lm_text, load_lm
+from minit2i.lm import LM_SHAPE, lm_config, lm_text, load_lm, read_text, save_lm, text_windows
 from minit2i.masked import hide
 from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.plan import plan
@@ -240,10 +241,22 @@ def load_data(sets, text, model_cfg, data_cfg, cfg, vq, vq_hash, p, precision):
     return train_set, val_set, [val_source.captions(int(val[row]))[0] for row in val_set.rows[:8]], skipped
 
 
-def make_model(model_cfg, cfg, text, vq, grid, out, resumed):
+def load_text(model_cfg, data_cfg, cfg, p, out, resumed):
+    """--objective text: the plain text file --data -> its text model, training and validation windows."""
+    if cfg.init or cfg.text_encoder or model_cfg.n_encoder:
+        raise ValueError("--objective text trains words alone; leave out --init, --text_encoder and --n_encoder")
+    paragraphs = read_text(data_cfg.data)
+    if p.main and not resumed:
+        write_file(out / "text.model", lm_text(cfg.init_lm) if cfg.init_lm else Text.train(paragraphs, cfg.vocab_size))
+    p.barrier()
+    text = Text((out / "text.model").read_bytes(), model_cfg.text_len)
+    return text, *text_windows(paragraphs, text, data_cfg.val_fraction, cfg.seed)
+
+
+def make_model(model_cfg, cfg, text, n_codes, grid, out, resumed):
     """The model as it starts, from chance, --init or --init_lm.  ValueError if it is not what a resumed run has trained."""
     torch.manual_seed(cfg.seed)
-    model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=vq.cfg.n_codes, grid_h=grid[0], grid_w=grid[1])
+    model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=n_codes, grid_h=grid[0], grid_w=grid[1])
     if cfg.text_encoder:
         model_cfg = replace(model_cfg, n_states=text.width)
     if resumed:
@@ -284,21 +297,29 @@ def main():
     out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)
     if cfg.init_lm and not resumed:
         model_cfg = replace(model_cfg, **lm_config(cfg.init_lm))
-    vq, vq_folder, vq_hash = find_tokenizer(cfg, out, resumed, p.device)
-    data_cfg = replace(data_cfg, size=data_cfg.size or read_config(vq_folder)["data"]["size"])
-    grid = vq.grid(*parse_size(data_cfg.size))
 
-    # --- data: captions -> text model, pictures -> codes, once ---
-    sets = split(data_cfg)
-    if p.main and not resumed:
-        keep_inputs(out, cfg, vq_folder, *sets[0])
-    p.barrier()
-    text = read_captions(out, cfg, model_cfg.text_len, sets, p, precision)
-    train_set, val_set, prompts, skipped = load_data(sets, text, model_cfg, data_cfg, cfg, vq, vq_hash, p, precision)
-    shown_samples = collate([val_set[i] for i in range(len(prompts))])
+    # --- data: captions -> text model, pictures -> codes, once; or a text file ---
+    lm = model_cfg.objective == "text"
+    if lm:  # beside the words one code, of one kind: its loss is 0
+        model_cfg, cfg = replace(model_cfg, **LM_SHAPE), replace(cfg, text_weight=1.0, image_weight=0.0)
+        n_codes, grid, skipped = 1, (1, 1), "no pictures"
+        text, train_set, val_set = load_text(model_cfg, data_cfg, cfg, p, out, resumed)
+    else:
+        vq, vq_folder, vq_hash = find_tokenizer(cfg, out, resumed, p.device)
+        data_cfg = replace(data_cfg, size=data_cfg.size or read_config(vq_folder)["data"]["size"])
+        n_codes, grid = vq.cfg.n_codes, vq.grid(*parse_size(data_cfg.size))
+        sets = split(data_cfg)
+        if p.main and not resumed:
+            keep_inputs(out, cfg, vq_folder, *sets[0])
+        p.barrier()
+        text = read_captions(out, cfg, model_cfg.text_len, sets, p, precision)
+        train_set, val_set, prompts, skipped = load_data(
+            sets, text, model_cfg, data_cfg, cfg, vq, vq_hash, p, precision
+        )
+        shown_samples = collate([val_set[i] for i in range(len(prompts))])
 
     # --- model and optimizer ---
-    model = make_model(model_cfg, cfg, text, vq, grid, out, resumed)
+    model = make_model(model_cfg, cfg, text, n_codes, grid, out, resumed)
     model_cfg, n_params = model.cfg, sum(w.numel() for w in model.parameters())
     scaler = make_scaler(model, cfg, p, precision)
     forward = parallelize(model, p, cfg, precision, scaler)
@@ -307,11 +328,16 @@ def main():
     if resumed:
         meta = load_state(out, model, ema, optimizer, scaler)
         start, earlier_cut = meta["step"], meta["n_cut"]
-    config = {"kind": "prior", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
+    config = {
+        "kind": "lm" if lm else "prior",
+        "model": asdict(model_cfg),
+        "data": asdict(data_cfg),
+        "train": asdict(cfg),
+    }
     if cfg.text_encoder:
         config["text_encoder"] = {"folder": str(Path(cfg.text_encoder).resolve()), "hash": text.hash}
     p.say(
-        f"{len(train_set)} training and {len(val_set)} validation pictures; {text.n_vocab} text tokens; "
+        f"{len(train_set)} training and {len(val_set)} validation {'windows' if lm else 'pictures'}; {text.n_vocab} text tokens; "
         f"{model_cfg.text_len}+{model_cfg.n_image} positions; {n_params / 1e6:.2f} M parameters; {precision} on "
         f"{p.world} x {p.device.type}; from step {start} to {cfg.steps}"
     )
@@ -326,7 +352,7 @@ def main():
             with ema.applied(model):
                 val_text, val_image = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
                 painter = unsharded(model, p)
-                if p.main:
+                if p.main and not lm:
                     sheet, captions = draw_samples(painter, vq, text, prompts, shown_samples, cfg, p.device)
                     save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(captions))
             log.write(step=step, val_text_loss=val_text, val_image_loss=val_image)
@@ -337,6 +363,11 @@ def main():
         if saving:
             all_cut = earlier_cut + int(p.sum([cut])[0])
             save_run(p, out, config, step, model, ema, optimizer, scaler, n_cut=all_cut)
+            if lm:
+                with ema.applied(model):
+                    whole = unsharded(model, p)
+                    if p.main:
+                        save_lm(out / "lm", whole, text)
         if ending:
             break
 

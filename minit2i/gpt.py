@@ -54,9 +54,11 @@ class GPTConfig:
     n_encoder: Annotated[
         int, "blocks of a text encoder that the n_layer decoder blocks look at (Parti); 0: caption and codes in one"
     ] = 0
-    objective: Annotated[str, "what is learned: the next code, or hidden ones (--mask none)", ("causal", "masked")] = (
-        "causal"
-    )
+    objective: Annotated[
+        str,
+        "what is learned: the next code, hidden ones, or words alone, from a text file as --data (a language model)",
+        ("causal", "masked", "text"),
+    ] = "causal"
     order: Annotated[str, "what the sequence begins with; image: a captioner", ("text", "image")] = "text"
     low: Annotated[int, "super-resolution: the sequence also holds the picture's codes when shrunk so much; 0: not"] = 0
     dropout: Annotated[float, "dropout on embeddings and on both branches of each block"] = 0.0

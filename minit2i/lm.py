@@ -10,13 +10,22 @@ kind; tied embeddings are copied, and part in training.
 """
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save as tensors_to_bytes
 
 from minit2i.checkpoint import read_config, read_hf, write_file
 
+LM_SHAPE = {
+    "pos": "sequence",
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "qk_norm": False,
+    "sandwich": False,
+}  # of the family's blocks
 PLAIN = {  # what config.json may say that these blocks do not do, with the values under which nothing is to be done
     "model_type": ("llama", "mistral"),
     "hidden_act": ("silu",),
@@ -48,11 +57,7 @@ def lm_config(folder):
         "mlp_inner": config["intermediate_size"],
         "norm_eps": config["rms_norm_eps"],
         "rope_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        "pos": "sequence",
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-        "qk_norm": False,
-    }
+    } | LM_SHAPE
 
 
 def places(model):
@@ -137,3 +142,56 @@ def save_lm(folder, model, text):
     write_file(Path(folder, "tokenizer.model"), text.proto)
     tensors = {name: w.detach().float().cpu().contiguous() for name, w in places(model).items()}
     write_file(Path(folder, "model.safetensors"), tensors_to_bytes(tensors, metadata={"format": "pt"}))
+
+
+# --- a text file as training data ------------------------------------------------------------------------
+
+
+def read_text(path):
+    """A plain text file -> its paragraphs, which blank lines part.  ValueError if it cannot be read or is empty."""
+    try:
+        raw = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as e:
+        raise ValueError(f"--data {path}: {e.strerror}; --objective text needs a plain text file") from None
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", raw)]
+    if not any(paragraphs):
+        raise ValueError(f"--data {path} holds no text")
+    return [part for part in paragraphs if part]
+
+
+class Windows(torch.utils.data.Dataset):
+    """Position p -> T tokens in a row of a text, in the form of tokens.Coded: (ids (T,), one code 0 (1,), no shrunk ones, 0).
+
+    tokens (n,); seed None: window after window (validation), else anywhere, a pure function of (seed, p).
+    """
+
+    def __init__(self, tokens, length, seed=None):
+        self.tokens, self.length, self.seed = tokens, length, seed
+
+    def __len__(self):
+        return len(self.tokens) // self.length
+
+    def __getitem__(self, p):
+        if self.seed is None:
+            start = p % len(self) * self.length
+        else:
+            start = int(np.random.default_rng((self.seed, p)).integers(len(self.tokens) - self.length + 1))
+        return (
+            self.tokens[start : start + self.length],
+            torch.zeros(1, dtype=torch.long),
+            torch.zeros(0, dtype=torch.long),
+            0,
+        )
+
+
+def text_windows(paragraphs, text, val_fraction, seed):
+    """Paragraphs, each between its marks, as one row of tokens -> training and validation Windows, the last part apart."""
+    marks = [text.sp.bos_id()], [text.sp.eos_id()]
+    tokens = torch.tensor([i for part in paragraphs for i in (*marks[0], *text.sp.encode(part), *marks[1])])
+    n_val = max(text.length, round(len(tokens) * val_fraction))
+    if len(tokens) < n_val + text.length:
+        raise ValueError(
+            f"{len(tokens)} tokens do not make a training and a validation window of {text.length}; use a longer text, "
+            "or a smaller --text_len"
+        )
+    return Windows(tokens[:-n_val], text.length, seed), Windows(tokens[-n_val:], text.length)

@@ -67,6 +67,18 @@ RECIPES = {
             "clip": 4.0,
         },
     },
+    "muse": VQGAN
+    | {  # 2301.00704 sec. 2; --text_encoder names its T5
+        "GPTConfig": GPT2 | {"objective": "masked", "mask": "auto"},
+        "PriorTrainConfig": {
+            "label_smoothing": 0.1,
+            "text_weight": 0.0,
+            "image_weight": 1.0,
+            "bpe_dropout": 0.0,
+            "beta2": 0.96,
+            "weight_decay": 0.045,
+        },
+    },
     "lm": {  # 2311.16201 sec. 3; --init_lm names the language model, or gives way to a random start of this shape
         "VQConfig": {"backbone": "movq", "quantizer": "st", "stride": 8, "ch": 32, "n_res": 1},
         "VQTrainConfig": VQGAN["VQTrainConfig"],

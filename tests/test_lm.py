@@ -17,9 +17,10 @@ import sample
 import train_prior
 from minit2i.checkpoint import read_hf
 from minit2i.gpt import GPT, GPTConfig
-from minit2i.lm import lm_config, load_lm, save_lm
+from minit2i.lm import Windows, lm_config, load_lm, save_lm
 from minit2i.sample import SampleConfig, generate
 from minit2i.tokens import Text
+from minit2i.train import read_log
 
 CONFIG = dict(
     model_type="llama", hidden_act="silu", vocab_size=40, hidden_size=24, intermediate_size=20, rms_norm_eps=1e-3
@@ -142,6 +143,51 @@ def test_what_is_no_plain_llama_is_refused(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
     with pytest.raises(ValueError, match=message):
         prior(tmp_path)
+
+
+def test_windows_of_text():
+    windows, val = Windows(torch.arange(50), 8, seed=3), Windows(torch.arange(50), 8)
+    assert all(w[0].equal(torch.arange(8) + w[0][0]) for w in map(windows.__getitem__, range(40)))
+    assert len({int(windows[p][0][0]) for p in range(300)}) == 43  # every start
+    assert windows[7][0].equal(Windows(torch.arange(50), 8, seed=3)[7][0])
+    assert [int(val[p][0][0]) for p in range(len(val))] == [0, 8, 16, 24, 32, 40]
+
+
+def test_a_language_model_of_our_own_starts_a_prior(pictures, vq, tmp_path):  # noqa: F811
+    words = "the cat sat on the mat and the dog sat on the log".split()
+    text = "\n\n".join(" ".join(words[(i * k) % 13] for k in range(1, 12)) for i in range(1, 60))
+    (tmp_path / "book.txt").write_text(text)
+    flags = [f for pair in zip(PRIOR_FLAGS[::2], PRIOR_FLAGS[1::2]) for f in pair if pair[0] != "--size"]
+    common = [*flags, "--objective", "text", "--data", tmp_path / "book.txt", "--lr", 0.01, "--dropout", 0]
+    call(train_prior, *common, "--out", tmp_path / "a", "--steps", 40, "--eval_every", 20)
+    first, last = (r["val_text_loss"] for r in read_log(tmp_path / "a" / "log.jsonl") if "val_text_loss" in r)
+    assert last < first < math.log(320) and all(
+        r.get("image_loss", 0) == 0 for r in read_log(tmp_path / "a" / "log.jsonl")
+    )
+    lm, own = tmp_path / "a" / "lm", load_file(tmp_path / "a" / "model.safetensors")
+    assert load_file(lm / "model.safetensors")["lm_head.weight"].equal(own["text_head.weight"])
+    call(train_prior, "--out", tmp_path / "a", "--resume", "--steps", 41)
+    more = ["--data", pictures, "--vq", vq, "--cache", tmp_path / "cache", "--init_lm", lm, "--steps", 0]
+    call(train_prior, *more, *PRIOR_FLAGS, "--out", tmp_path / "b")
+    prior, own = (load_file(tmp_path / k / "model.safetensors") for k in "ba")
+    assert prior["blocks.1.attn.qkv.weight"].equal(own["blocks.1.attn.qkv.weight"])
+    with pytest.raises(ValueError, match="holds no text"):
+        (tmp_path / "empty.txt").write_text(" \n")
+        call(train_prior, *flags, "--objective", "text", "--data", tmp_path / "empty.txt", "--out", tmp_path / "c")
+    with pytest.raises(ValueError, match="use a longer text"):
+        (tmp_path / "short.txt").write_text("the cat " * 9)
+        call(
+            train_prior,
+            *flags,
+            "--objective",
+            "text",
+            "--data",
+            tmp_path / "short.txt",
+            "--out",
+            tmp_path / "d",
+            "--vocab_size",
+            275,
+        )
 
 
 def test_a_prior_from_a_language_model_and_one_of_its_shape(pictures, vq, tmp_path):  # noqa: F811

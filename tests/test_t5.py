@@ -177,8 +177,21 @@ def test_a_prior_sees_projected_states_and_a_pad_of_its_own_for_each_position():
     assert all(p.grad is not None for p in model.parameters())  # DistributedDataParallel waits for each
 
 
-def test_a_prior_on_t5_from_end_to_end(folder, pictures, vq, tmp_path):  # noqa: F811
-    flags = ["--data", pictures, "--vq", vq, "--cache", tmp_path / "cache", "--text_encoder", folder, *PRIOR_FLAGS]
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_a_prior_on_t5_from_end_to_end(objective, folder, pictures, vq, tmp_path):  # noqa: F811
+    start = ["--objective", objective, "--mask", "auto"]
+    flags = [
+        "--data",
+        pictures,
+        "--vq",
+        vq,
+        "--cache",
+        tmp_path / "cache",
+        "--text_encoder",
+        folder,
+        *PRIOR_FLAGS,
+        *start,
+    ]
     call(train_prior, *flags, "--out", tmp_path / "a", "--steps", 4)
     call(train_prior, *flags, "--out", tmp_path / "b", "--steps", 2, "--eval_every", 9)
     assert not (tmp_path / "a" / "text.model").exists() and len(losses(tmp_path / "a")) == 4
