@@ -187,11 +187,21 @@ def draw_samples(model, vq, text, prompts, some, cfg, device):
 
 def say_plan(model_cfg, data_cfg, cfg):
     """Print --plan: with the tokenizer in --vq if there is one, else with the codes of a paper's size."""
-    if Path(cfg.vq, "config.json").exists():
+    n_vocab = cfg.vocab_size
+    if cfg.init_lm:
+        model_cfg = replace(model_cfg, **lm_config(cfg.init_lm))
+        n_vocab = Text(lm_text(cfg.init_lm), model_cfg.text_len).n_vocab
+    if cfg.text_encoder:
+        model_cfg, n_vocab = replace(model_cfg, n_vocab=0, n_states=read_config(cfg.text_encoder)["d_model"]), 0
+    if model_cfg.objective == "text":
+        model_cfg = replace(model_cfg, **LM_SHAPE, n_codes=1, grid_h=1, grid_w=1, n_vocab=n_vocab)
+    elif Path(cfg.vq, "config.json").exists():
         vq, size = load_vq(cfg.vq), data_cfg.size or read_config(cfg.vq)["data"]["size"]
         grid_h, grid_w = vq.grid(*parse_size(size))
-        model_cfg = replace(model_cfg, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w, n_vocab=cfg.vocab_size)
-    elif not model_cfg.n_codes:
+        model_cfg = replace(model_cfg, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w, n_vocab=n_vocab)
+    elif model_cfg.n_codes:
+        model_cfg = replace(model_cfg, n_vocab=n_vocab if cfg.init_lm or cfg.text_encoder else model_cfg.n_vocab)
+    else:
         raise ValueError(
             f"--plan needs a tokenizer, and {cfg.vq} holds none; name one with --vq, or a paper's --model_size"
         )
@@ -243,8 +253,10 @@ def load_data(sets, text, model_cfg, data_cfg, cfg, vq, vq_hash, p, precision):
 
 def load_text(model_cfg, data_cfg, cfg, p, out, resumed):
     """--objective text: the plain text file --data -> its text model, training and validation windows."""
-    if cfg.init or cfg.text_encoder or model_cfg.n_encoder:
-        raise ValueError("--objective text trains words alone; leave out --init, --text_encoder and --n_encoder")
+    if cfg.init or cfg.text_encoder or model_cfg.n_encoder or model_cfg.order == "image":
+        raise ValueError(
+            "--objective text trains words alone; leave out --init, --text_encoder, --n_encoder and --order image"
+        )
     paragraphs = read_text(data_cfg.data)
     if p.main and not resumed:
         write_file(out / "text.model", lm_text(cfg.init_lm) if cfg.init_lm else Text.train(paragraphs, cfg.vocab_size))
@@ -259,16 +271,20 @@ def make_model(model_cfg, cfg, text, n_codes, grid, out, resumed):
     model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=n_codes, grid_h=grid[0], grid_w=grid[1])
     if cfg.text_encoder:
         model_cfg = replace(model_cfg, n_states=text.width)
+    if cfg.init or resumed:
+        before = read_config(out if resumed else cfg.init)
+        if before.get("text_encoder", {}).get("hash") != (text.hash if cfg.text_encoder else None):
+            raise ValueError(
+                "--init and --resume cannot change what reads the captions of "
+                f"{out if resumed else cfg.init} (text_encoder in its config.json); use another --text_encoder"
+            )
     if resumed:
-        before = read_config(out)
         if model_cfg != pick(GPTConfig, before["model"]):
             raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
         if cfg.block_scale != before["train"].get("block_scale", False):
             raise ValueError(
                 f"--resume cannot change --block_scale: the scales of {out} would be lost; use another --out"
             )
-        if before.get("text_encoder", {}).get("hash") != (text.hash if cfg.text_encoder else None):
-            raise ValueError(f"--resume cannot change what reads the captions of {out}; use another --out")
     model = GPT(model_cfg)
     if not model.masked:
         model.check_causal()
@@ -292,6 +308,8 @@ def main():
         raise ValueError("--flip needs --crops 2 or more: the one central crop is never mirrored")
     if cfg.init_lm and (cfg.init or cfg.text_encoder):
         raise ValueError("--init_lm brings words and weights of its own; leave out --init and --text_encoder")
+    if model_cfg.n_states and not cfg.text_encoder:
+        raise ValueError("a frozen T5 read this prior's captions: name its folder with --text_encoder")
     p = Processes(cfg.device)
     precision = pick_precision(cfg.precision, p.device)
     out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)

@@ -47,12 +47,12 @@ def lm_config(folder):
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{folder} stretches its rotary positions ({rope['rope_type']}), which these blocks do not")
     width, heads = config["hidden_size"], config["num_attention_heads"]
-    if config.get("head_dim", width // heads) * heads != width:
+    if (config.get("head_dim") or width // heads) * heads != width:  # null: as usual
         raise ValueError(f"{folder} has heads of {config['head_dim']}, not of hidden_size / num_attention_heads")
     return {
         "n_layer": config["num_hidden_layers"],
         "n_head": heads,
-        "n_kv_head": config.get("num_key_value_heads", heads),
+        "n_kv_head": config.get("num_key_value_heads") or heads,
         "n_embd": width,
         "mlp_inner": config["intermediate_size"],
         "norm_eps": config["rms_norm_eps"],

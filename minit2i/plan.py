@@ -14,7 +14,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 def n_params(cfg):
     """Parameters by part: blocks, embeddings (positions and the last norm included), heads."""
     with torch.device("meta"):
-        model = GPT(replace(cfg, mask="full"))  # a mask has no parameters
+        model = GPT(replace(cfg, mask="auto"))  # a mask has no parameters
     parts = {"blocks": 0, "embeddings": 0, "heads": 0}
     for name, w in model.named_parameters():
         part = name.partition(".")[0]
@@ -28,7 +28,7 @@ def training_flops(cfg):
     Attention is counted over the pairs that the masks show; nothing for recomputed activations.
     """
     with torch.device("meta"):
-        model = GPT(replace(cfg, mask="full", n_layer=1, n_encoder=min(1, cfg.n_encoder)))
+        model = GPT(replace(cfg, mask="auto", n_layer=1, n_encoder=min(1, cfg.n_encoder)))
 
     def matrices(module):
         return sum(w.numel() for w in module.parameters() if w.dim() == 2)
@@ -51,8 +51,10 @@ def activation_bytes(cfg, precision):
     Counted on a CPU, on a narrow copy with a fused kernel's attention, as they grow with length times width.
     """
     small = replace(
-        cfg, n_embd=128, n_head=2, n_vocab=8, n_codes=8, text_len=64, grid_h=24, grid_w=24, mask="full", dropout=0.0
-    )
+        cfg, n_embd=128, n_head=2, n_vocab=8, n_codes=8, text_len=63, grid_h=24, grid_w=24, mask="full", dropout=0.0
+    )  # 639 positions: no activation has as many elements as a matrix, which `pack` leaves out
+    small = replace(small, objective="causal", order="text", low=0, n_states=0, n_kv_head=0)  # the same in each block
+    small = replace(small, mlp_inner=cfg.mlp_inner * small.n_embd // cfg.n_embd)
     kept = []
     for n_layer in (1, 2):
         torch.manual_seed(0)
@@ -69,7 +71,7 @@ def activation_bytes(cfg, precision):
                 )  # kept, so that no other gets its place
             return t
 
-        text, codes = torch.zeros(1, 64, dtype=torch.long), torch.zeros(1, 24 * 24, dtype=torch.long)
+        text, codes = torch.zeros(1, 63, dtype=torch.long), torch.zeros(1, 24 * 24, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
                 loss = sum(model(text, codes))
@@ -94,7 +96,7 @@ def plan(cfg, train_cfg, precision, world):
             / cfg.n_layer
         )
     entering = cfg.length * cfg.n_embd * 4  # a float32 residual stream
-    logits = 4 * (cfg.text_len * cfg.n_vocab + cfg.n_image * cfg.n_codes)
+    logits = 4 * (cfg.text_len * cfg.n_vocab * cfg.text_loss + cfg.n_image * cfg.n_codes)
     kept = cfg.n_layer * entering + layer if train_cfg.checkpoint_activations else cfg.n_layer * layer
     if shards > 1:
         copies = 4 * outside + 2 * half * block  # gathered: what is outside the blocks, and two of them

@@ -178,6 +178,7 @@ class T5Text:
     def encode(self, caption, dropout=0.0, rng=None):
         """caption -> states (T, W); dropout and rng are for tokens.Text."""
         if caption in self.rows:
+            self.n_cut += len(self.sp.encode(caption)) > self.length - 1
             return torch.from_numpy(self.memory[self.rows[caption]].astype(np.float32))
         return self.states([caption])[0].cpu()
 

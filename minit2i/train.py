@@ -121,8 +121,12 @@ def parse_flags(doc, model, data, train, argv=None):
         saved = read_config(folder)
         if not set(saved["model"]) <= {f.name for f in fields(model)}:
             raise ValueError(f"{folder} holds a run of the other stage, or of a newer version; use another folder")
-        parser.set_defaults(**saved["model"])
+        parser.set_defaults(**saved["model"] | ({} if resumed else named))
     if resumed:
+        if first_cfg.recipe not in ("", before := saved["train"].get("recipe", "")):
+            raise ValueError(
+                f"--resume cannot change --recipe {first_cfg.recipe} (the run has {before!r}); leave it out"
+            )
         parser.set_defaults(**saved["train"] | saved["data"] | {"resume": True})
         if named != pick(train, saved["train"]).named:  # then, if there is one, it was given now
             parser.set_defaults(**named)

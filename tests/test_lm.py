@@ -145,6 +145,15 @@ def test_what_is_no_plain_llama_is_refused(change, message, tmp_path):
         prior(tmp_path)
 
 
+def test_null_in_a_config_is_the_usual(tmp_path):
+    write(tmp_path)
+    shape = lm_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"head_dim": None}))
+    assert lm_config(tmp_path) == shape
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": None}))
+    assert lm_config(tmp_path)["n_kv_head"] == 4
+
+
 def test_windows_of_text():
     windows, val = Windows(torch.arange(50), 8, seed=3), Windows(torch.arange(50), 8)
     assert all(w[0].equal(torch.arange(8) + w[0][0]) for w in map(windows.__getitem__, range(40)))

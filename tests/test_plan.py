@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_prior
 from minit2i.gpt import GPT, SIZES, GPTConfig
+from minit2i.lm import LM_SHAPE, save_lm
 from minit2i.plan import activation_bytes, n_params, plan, training_flops
+from minit2i.tokens import Text
 from minit2i.train import parse_flags
 from train_prior import DataConfig, PriorTrainConfig
 
@@ -69,6 +71,38 @@ def test_activations_are_those_that_are_kept(change):
         del loss
     assert abs(activation_bytes(cfg, "fp32") / (kept[1] - kept[0]) - 1) < 0.05
     assert 0.4 < activation_bytes(cfg, "bf16") / activation_bytes(cfg, "fp32") < 0.85
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"objective": "masked"}, {"order": "image"}, {"low": 3}, {"n_states": 6}, {"n_states": 6, "n_encoder": 1}],
+    ids=str,
+)
+def test_every_kind_of_prior_has_a_plan(change):
+    cfg = replace(SMALL, grid_h=6, grid_w=9, **change)
+    assert sum(n_params(cfg).values()) == sum(w.numel() for w in GPT(cfg).parameters())
+    assert training_flops(cfg) > 0 and "all of these" in "".join(plan(cfg, PriorTrainConfig(out=""), "bf16", 2))
+
+
+def test_the_inner_width_grows_with_the_width():
+    kept = [activation_bytes(replace(SMALL, n_embd=64, mlp_inner=inner), "fp32") for inner in (176, 0, 160, 80)]
+    assert kept[0] == kept[1] > kept[2] > kept[3] > 0.5 * kept[0]
+    assert (kept[1] - kept[2]) * 5 == pytest.approx(kept[2] - kept[3], rel=0.01)
+
+
+def test_a_plan_with_a_text_encoder_or_a_language_model(tmp_path, capsys, monkeypatch):
+    text, t5, lm = Text.train(["a red circle above a blue square"] * 9, 280), tmp_path / "t5", tmp_path / "lm"
+    save_lm(lm, GPT(replace(SMALL, **LM_SHAPE, n_vocab=280)), Text(text, 5))
+    t5.mkdir()
+    (t5 / "config.json").write_text('{"d_model": 12}')
+    parsed = []
+    monkeypatch.setattr(train_prior, "plan", lambda cfg, *_: parsed.append(cfg) or [])
+    for flags in (["--text_encoder", t5], ["--init_lm", lm]):
+        argv = ["train_prior.py", "--out", "x", "--vq", tmp_path, "--plan", 1, "--model_size", "dalle-12b", *flags]
+        monkeypatch.setattr("sys.argv", list(map(str, argv)))
+        train_prior.main()
+    assert (parsed[0].n_states, parsed[0].n_vocab, parsed[0].text_loss) == (12, 0, False)
+    assert (parsed[1].n_vocab, parsed[1].n_embd, parsed[1].pos) == (len(Text(text, 5).sp), 32, "sequence")
 
 
 def test_a_plan_says_what_a_process_holds():

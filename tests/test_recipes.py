@@ -65,3 +65,7 @@ def test_a_run_remembers_its_recipe(pictures, tmp_path):  # noqa: F811
     config = read_config(tmp_path / "prior")
     assert config["train"]["recipe"] == "parti" and config["model"]["n_encoder"] == 2 and config["step"] == 2
     assert read_config(tmp_path / "vq")["model"]["backbone"] == "vit"
+    with pytest.raises(ValueError, match="cannot change --recipe dalle .the run has 'parti'"):
+        call(train_prior, "--out", tmp_path / "prior", "--resume", "--recipe", "dalle")
+    with pytest.raises(ValueError, match="does not fit"):  # not --model_size left without effect
+        call(train_prior, *common, *more[:-1], tmp_path / "b", "--init", tmp_path / "prior", "--model_size", "tiny")

@@ -150,6 +150,7 @@ def test_captions_are_read_once_and_cut_and_padded(folder, tmp_path, monkeypatch
     again.remember(CAPTIONS, tmp_path, Processes("cpu"))
     for caption, expected in zip(CAPTIONS, states):
         assert torch.allclose(again.encode(caption), expected, atol=2e-3)
+    assert again.n_cut == text.n_cut - again.n_cut > 0  # counted at each look: twice by `text`
 
 
 def test_what_is_no_t5_is_refused(folder, tmp_path):
@@ -210,3 +211,7 @@ def test_a_prior_on_t5_from_end_to_end(objective, folder, pictures, vq, tmp_path
         call(train_prior, "--out", tmp_path / "b", "--resume")
     with pytest.raises(ValueError, match="text encoder 0, which is not in"):
         Painter(tmp_path / "b")
+    with pytest.raises(ValueError, match="name its folder with --text_encoder"):
+        call(train_prior, "--out", tmp_path / "b", "--resume", "--text_encoder", "")
+    with pytest.raises(ValueError, match="cannot change what reads the captions of .*b "):
+        call(train_prior, *flags, "--out", tmp_path / "c", "--init", tmp_path / "b")
