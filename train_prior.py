@@ -187,6 +187,10 @@ def draw_samples(model, vq, text, prompts, some, cfg, device):
 
 def say_plan(model_cfg, data_cfg, cfg):
     """Print --plan: with the tokenizer in --vq if there is one, else with the codes of a paper's size."""
+    if cfg.plan < 0 or cfg.peak_tflops <= 0 or cfg.mfu <= 0:
+        raise ValueError(
+            f"--plan {cfg.plan}, --peak_tflops {cfg.peak_tflops:g}, --mfu {cfg.mfu:g}: each must be above 0"
+        )
     n_vocab = cfg.vocab_size
     if cfg.init_lm:
         model_cfg = replace(model_cfg, **lm_config(cfg.init_lm))

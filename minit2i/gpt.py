@@ -354,6 +354,9 @@ class Encoder(nn.Module):
 
 def check(cfg):
     """ValueError for sizes and choices that do not go together."""
+    for name, least in (("n_layer", 1), ("n_head", 1), ("n_embd", 1), ("n_encoder", 0)):
+        if getattr(cfg, name) < least:
+            raise ValueError(f"{name} {getattr(cfg, name)} is less than {least}")
     if cfg.n_embd % cfg.n_head:
         raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
     if cfg.pos == "rotary" and cfg.n_embd // cfg.n_head % 4:

@@ -147,6 +147,9 @@ def check(cfg):
     for name in ("batch_size", "accum", "log_every", "eval_every", "eval_size", "save_every"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} {getattr(cfg, name)} is less than 1")
+    for name in ("ema", "cond_drop", "bpe_dropout", "label_smoothing"):
+        if not 0 <= getattr(cfg, name, 0) <= 1:
+            raise ValueError(f"{name} {getattr(cfg, name)} is not in [0, 1]")
     parts = cfg.accum * int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % parts:
         raise ValueError(

@@ -294,6 +294,8 @@ def test_parameter_count_in_closed_form():
     [
         ({"mask": "diagonal"}, "mask 'diagonal' is not known"),
         ({"n_head": 3}, "not a multiple of n_head 3"),
+        ({"n_head": 0}, "n_head 0 is less than 1"),
+        ({"n_encoder": -1}, "n_encoder -1 is less than 0"),
         ({"text_len": 2}, "text_len 2"),
         ({"pos": "rotary", "n_embd": 12}, "head size that 4 divides"),
     ],
