@@ -8,6 +8,7 @@ python sample.py --model out/masked --prompt "a blue star" --image scene.png --m
 python sample.py --model out/prior --prompt "a red dress" --size 64x128
 python sample.py --model out/prior --prompt "a red dress" --enlarge out/sr --times 2
 python sample.py --model out/prior --prompt "a red dress" --best_of 16 --captioner out/captioner
+python sample.py --prompt "a red circle" --best_of 16 --rerank contrastive --towers out/towers
 python sample.py --model out/captioner --caption picture.png
 """
 
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 
 from minit2i.checkpoint import write_file
+from minit2i.contrast import mismatch
 from minit2i.data import BadEntry, crop, grid_image, open_rgb, parse_size, to_pil
 from minit2i.sample import PRETRAINED, Bar, Painter, SampleConfig, image_loss, text_loss
 from minit2i.train import add_flags, pick, pick_device, run, save_image
@@ -46,8 +48,14 @@ def flags():
     add("--enlarge", help="a prior of --low that enlarges what was drawn, or --image")
     add("--times", type=int, default=1, help="how often --enlarge enlarges [1]")
     add("--best_of", type=int, default=0, help="pictures drawn of each prompt, of which the best --n are kept")
-    add("--rerank", default="caploss", choices=("caploss", "likelihood"), help="the score of --best_of [caploss]")
+    add(
+        "--rerank",
+        default="caploss",
+        choices=("contrastive", "caploss", "likelihood"),
+        help="the score of --best_of [caploss]",
+    )
     add("--captioner", help="the prior of --order image that tells the loss of the caption")
+    add("--towers", help="the model of --objective contrast that --rerank contrastive scores with")
     add("--every", type=int, default=0, help="an animated PNG of the growing pictures, a frame every so many codes")
     add("--batch", type=int, default=64, help="pictures drawn at a time [64]")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -71,8 +79,12 @@ def check(args):
         raise ValueError(f"--best_of {args.best_of} is less than --n {args.n}, the pictures kept")
     if args.best_of and args.rerank == "caploss" and not args.captioner:
         raise ValueError("--best_of needs --captioner, a prior of --order image, or --rerank likelihood")
-    if args.captioner and not args.best_of:
-        raise ValueError("--captioner needs --best_of, how many pictures to choose from")
+    if (args.best_of and args.rerank == "contrastive") != bool(args.towers):
+        raise ValueError(
+            "--towers, a model of --objective contrast, and --best_of with --rerank contrastive go together"
+        )
+    if args.captioner and (not args.best_of or args.towers):
+        raise ValueError("--captioner needs --best_of, how many pictures to choose from, and no --towers")
     if args.batch < 1 or args.times < 1 or args.every < 0:
         raise ValueError(f"--batch {args.batch}, --times {args.times}: use 1 or more; --every {args.every}: 0 or more")
     if args.every and (args.best_of or args.n > args.batch):
@@ -134,7 +146,10 @@ def known_codes(painter, args):
 
 @torch.inference_mode()
 def losses(painter, other, prompt, codes, batch):
-    """Loss of each of the codes (n, h, w), lower is better: the caption's with a captioner, else the codes' own."""
+    """Loss of each of the codes (n, h, w), lower is better.
+
+    other: a captioner, for the caption's loss; two towers, for their mismatch; None, for the codes' own loss.
+    """
     judge, out = other or painter, []
     for part in codes.split(batch):
         if judge.vq_hash != painter.vq_hash:
@@ -145,7 +160,7 @@ def losses(painter, other, prompt, codes, batch):
                 f"pictures of {part.shape[1]}x{part.shape[2]} codes cannot be scored with a {c.objective} prior of "
                 f"{c.grid_h}x{c.grid_w}" + (f" that enlarges {c.low} times" if c.low else "")
             )
-        score = text_loss if other else image_loss
+        score = mismatch if c.objective == "contrast" else text_loss if other else image_loss
         out.append(score(judge.prior, judge.ids([prompt] * len(part)), part.flatten(1)))
     return torch.cat(out)
 
@@ -246,13 +261,15 @@ class Output:
 
 
 def load(args):
-    """-> the prior, the one that enlarges or None, the captioner or None."""
+    """-> the prior, the one that enlarges or None, the captioner or the towers or None."""
     device, dtype = pick_device(args.device), torch.bfloat16 if args.half else torch.float32
     painter = Painter(args.model, device, dtype, args.vq)
     larger, judge = (Painter(f, device, dtype) if f else None for f in (args.enlarge, args.captioner))
+    if args.towers:
+        judge = Painter(args.towers, device, dtype, kind="contrast")
     if larger and not larger.prior.cfg.low:
         raise ValueError(f"{args.enlarge} does not enlarge pictures; train a prior with --low 2")
-    if judge and judge.prior.cfg.order != "image":
+    if args.captioner and judge.prior.cfg.order != "image":
         raise ValueError(f"{args.captioner} is no captioner; train one with --order image")
     if bool(args.caption) != (painter.prior.cfg.order == "image"):
         raise ValueError(f"{args.model}: --caption needs a prior of --order image, and drawing one of --order text")
@@ -290,7 +307,7 @@ def main():
         for prompt, codes in painter.draw(todo(), many, known, None, args.batch, bar, frames, failed):
             scores = None
             if args.best_of:
-                loss = losses(painter, judge if args.rerank == "caploss" else None, prompt, codes, args.batch)
+                loss = losses(painter, judge if args.rerank != "likelihood" else None, prompt, codes, args.batch)
                 codes, scores = codes[loss.argsort()[: cfg.n]], loss.sort().values.tolist()
             last = painter
             if larger:

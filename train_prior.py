@@ -5,6 +5,7 @@
         --batch_size 512 --n_layer 12 --n_embd 768 --n_head 12
     python train_prior.py --objective masked ...                         MaskGIT, Muse
     python train_prior.py --objective text --data book.txt ...           a language model, for --init_lm OUT/lm
+    python train_prior.py --objective contrast --n_encoder 4 ...         a text encoder for --init, and --rerank contrastive
     python train_prior.py --init out/prior --order image ...             a captioner
     python train_prior.py --init out/prior --size 128 --low 2 ...        token super-resolution
 """
@@ -17,6 +18,7 @@ from typing import Annotated
 import torch
 
 from minit2i.checkpoint import has_state, load_model, load_state, read_config, save_run, write_file
+from minit2i.contrast import Contrast, evaluate_towers, fit_encoder
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, SIZES, GPTConfig, fit_grid
@@ -289,21 +291,36 @@ def make_model(model_cfg, cfg, text, n_codes, grid, out, resumed):
             raise ValueError(
                 f"--resume cannot change --block_scale: the scales of {out} would be lost; use another --out"
             )
-    model = GPT(model_cfg)
-    if not model.masked:
+    contrast = model_cfg.objective == "contrast"
+    model = (Contrast if contrast else GPT)(model_cfg)
+    if not (model.masked or contrast):
         model.check_causal()
     if model.text_ahead and cfg.text_weight and model_cfg.text_loss:
         raise ValueError(f"mask {model_cfg.mask} shows text what it should predict: it needs --text_weight 0")
     if cfg.init and not resumed:
-        load_model(cfg.init, model, fit_grid).train()
+        towers = read_config(cfg.init)["kind"] == "contrast" and not contrast
+        load_model(cfg.init, model, fit_encoder if towers else fit_grid).train()
     if cfg.init_lm and cfg.init_lm_weights and not resumed:
         load_lm(cfg.init_lm, model)
     return model
 
 
+def check_contrast(model_cfg, cfg):
+    """ValueError for flags that two towers have no use for."""
+    if cfg.accum > 1 or cfg.strategy != "ddp" or cfg.block_scale:
+        raise ValueError(
+            "--objective contrast compares the whole batch at once, in replicas: use --accum 1, --strategy ddp and "
+            "--no-block_scale, with --checkpoint_activations if memory is short"
+        )
+    if cfg.text_encoder or cfg.init_lm or cfg.init and read_config(cfg.init)["kind"] != "contrast":
+        raise ValueError("--objective contrast starts from chance, or with --init from its like; leave out the others")
+
+
 def main():
     # --- configuration, processes, tokenizer ---
     model_cfg, data_cfg, cfg = parse_flags(__doc__, GPTConfig, DataConfig, PriorTrainConfig)
+    if cfg.plan and model_cfg.objective == "contrast":
+        raise ValueError("--plan counts priors, not the towers of --objective contrast")
     if cfg.plan:
         return say_plan(model_cfg, data_cfg, cfg)
     if not data_cfg.captions:
@@ -314,6 +331,10 @@ def main():
         raise ValueError("--init_lm brings words and weights of its own; leave out --init and --text_encoder")
     if model_cfg.n_states and not cfg.text_encoder:
         raise ValueError("a frozen T5 read this prior's captions: name its folder with --text_encoder")
+    contrast = model_cfg.objective == "contrast"
+    if contrast:  # each caption counts: none is dropped
+        check_contrast(model_cfg, cfg)
+        cfg = replace(cfg, cond_drop=0.0)
     p = Processes(cfg.device)
     precision = pick_precision(cfg.precision, p.device)
     out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)
@@ -351,7 +372,7 @@ def main():
         meta = load_state(out, model, ema, optimizer, scaler)
         start, earlier_cut = meta["step"], meta["n_cut"]
     config = {
-        "kind": "lm" if lm else "prior",
+        "kind": "lm" if lm else "contrast" if contrast else "prior",
         "model": asdict(model_cfg),
         "data": asdict(data_cfg),
         "train": asdict(cfg),
@@ -372,12 +393,17 @@ def main():
     for step, evaluating, saving, ending in steps(cfg, p, start, resumed):
         if evaluating:
             with ema.applied(model):
-                val_text, val_image = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
+                found = {}
+                if contrast:
+                    some = [val_set[i][:2] for i in range(min(cfg.eval_size, len(val_set)))]
+                    val_text, val_image, found["val_retrieval"] = evaluate_towers(model, some)
+                else:
+                    val_text, val_image = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
                 painter = unsharded(model, p)
-                if p.main and not lm:
+                if p.main and not (lm or contrast):
                     sheet, captions = draw_samples(painter, vq, text, prompts, shown_samples, cfg, p.device)
                     save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(captions))
-            log.write(step=step, val_text_loss=val_text, val_image_loss=val_image)
+            log.write(step=step, val_text_loss=val_text, val_image_loss=val_image, **found)
             p.say(f"\nstep {step}: val loss text {val_text:.3f}, image {val_image:.3f} nats a token")
             if p.main:
                 plot_log(out, ["image_loss", "text_loss", "grad_norm"])
@@ -395,9 +421,10 @@ def main():
 
         seed_step(cfg.seed, step, p.rank)
         parts = [next(loader) for _ in range(cfg.accum)]
-        shown = [hide(part[1]) if model.masked else None for part in parts]
-        n_text = p.total(sum(model.n_text_targets(part[0]) for part in parts).float()).clamp_min(1)
-        n_image = cfg.batch_size * model_cfg.n_image
+        shown = [hide(part[1]) if model.masked else model.hide(part[0]) if contrast else None for part in parts]
+        targets = (shown[0][:, 1] >= 0).sum() if contrast else sum(model.n_text_targets(part[0]) for part in parts)
+        n_text = p.total(targets.float()).clamp_min(1)
+        n_image = cfg.batch_size * (1 if contrast else model_cfg.n_image)
         if model.masked:
             n_image = p.total(sum((codes < 0).sum() for codes in shown).float())
         sums = torch.zeros(2, device=p.device)

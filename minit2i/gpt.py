@@ -56,8 +56,9 @@ class GPTConfig:
     ] = 0
     objective: Annotated[
         str,
-        "what is learned: the next code, hidden ones, or words alone, from a text file as --data (a language model)",
-        ("causal", "masked", "text"),
+        "what is learned: the next code, hidden ones, words alone, from a text file as --data (a language model), or "
+        "hidden words and which caption belongs to which picture (contrast.py: n_encoder and n_layer are its towers)",
+        ("causal", "masked", "text", "contrast"),
     ] = "causal"
     order: Annotated[str, "what the sequence begins with; image: a captioner", ("text", "image")] = "text"
     low: Annotated[int, "super-resolution: the sequence also holds the picture's codes when shrunk so much; 0: not"] = 0

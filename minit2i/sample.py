@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minit2i.checkpoint import load_model, read_config
+from minit2i.contrast import Contrast
 from minit2i.filters import SCHEDULES, draw, filtered, guide, scheduled
 from minit2i.gpt import GPT, Cache, GPTConfig
 from minit2i.masked import unmask
@@ -203,15 +204,18 @@ def load_text(folder, config, device):
 class Painter:
     """A prior's checkpoint folder, ready to draw: its tokenizer, its text model, its sizes."""
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32, vq=""):
-        """vq: a folder whose decoder is used instead: a finetuned or enlarging one of the same codes."""
+    def __init__(self, folder, device="cpu", dtype=torch.float32, vq="", kind="prior"):
+        """vq: a folder whose decoder is used instead: a finetuned or enlarging one of the same codes.
+
+        kind "contrast": two towers, which score pictures and draw none.
+        """
         config = read_config(folder)
-        if config.get("kind") != "prior":
-            raise ValueError(f"{folder} is not a prior; train_prior.py makes one")
+        if config.get("kind") != kind:
+            what = "not a prior" if kind == "prior" else "no pair of towers (--objective contrast)"
+            raise ValueError(f"{folder} is {what}; train_prior.py makes one")
         self.config, self.device = config, torch.device(device)
-        self.prior = (
-            load_model(folder, GPT(pick(GPTConfig, config["model"]))).to(self.device, dtype).requires_grad_(False)
-        )
+        model = (GPT if kind == "prior" else Contrast)(pick(GPTConfig, config["model"]))
+        self.prior = load_model(folder, model).to(self.device, dtype).requires_grad_(False)
         self.vq = load_vq(Path(folder, "vq"), self.device)
         own = self.vq.quantizer.codebook
         if vq:
