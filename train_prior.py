@@ -23,7 +23,7 @@ from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image,
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, SIZES, GPTConfig, fit_grid
 from minit2i.lm import LM_SHAPE, lm_config, lm_text, load_lm, read_text, save_lm, text_windows
-from minit2i.masked import hide
+from minit2i.masked import hide_each
 from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.plan import plan
 from minit2i.sample import SampleConfig, draw_codes, file_hash, load_vq, shrink, write_captions
@@ -158,7 +158,7 @@ def evaluate(model, coded, n, batch, p, precision):
         text, codes, low, _ = collate([coded[i] for i in rows])
         shown, n_image = None, codes.numel()
         if model.masked:
-            shown = torch.cat([hide(codes[k : k + 1], torch.Generator().manual_seed(i)) for k, i in enumerate(rows)])
+            shown = hide_each(codes, rows)
             n_image = int((shown < 0).sum())
         with autocast(p.device, precision):
             text_loss, image_loss = model(*(x if x is None else x.to(p.device) for x in (text, codes, low, shown)))
@@ -421,7 +421,12 @@ def main():
 
         seed_step(cfg.seed, step, p.rank)
         parts = [next(loader) for _ in range(cfg.accum)]
-        shown = [hide(part[1]) if model.masked else model.hide(part[0]) if contrast else None for part in parts]
+        shown = [model.hide(part[0]) if contrast else None for part in parts]
+        if model.masked:  # by the sample's place in the run, whichever process has it
+            at = cfg.seed * 1_000_003 + step * cfg.batch_size + p.rank * cfg.accum * part_size
+            shown = [
+                hide_each(part[1], range(at + k * part_size, at + (k + 1) * part_size)) for k, part in enumerate(parts)
+            ]
         targets = (shown[0][:, 1] >= 0).sum() if contrast else sum(model.n_text_targets(part[0]) for part in parts)
         n_text = p.total(targets.float()).clamp_min(1)
         n_image = cfg.batch_size * (1 if contrast else model_cfg.n_image)

@@ -26,6 +26,11 @@ def hide(codes, generator=None):
     return codes.masked_fill((rank < count[:, None]).to(codes.device), -1)
 
 
+def hide_each(codes, seeds):
+    """As `hide`, each row of codes (B, N) as its own seed says, so that it does not matter who else is in the batch."""
+    return torch.cat([hide(row[None], torch.Generator().manual_seed(s)) for row, s in zip(codes, seeds)])
+
+
 def still_hidden(at_start, hidden, u):
     """How many codes stay hidden after a step: at_start and hidden before it (B,) long, u in (0, 1] -> (B,).
 

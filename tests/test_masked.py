@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from minit2i.gpt import GPT, GPTConfig, fit_grid
-from minit2i.masked import hide, still_hidden, unmask
+from minit2i.masked import hide, hide_each, still_hidden, unmask
 from minit2i.sample import SampleConfig
 from minit2i.windows import centre_outward, every_place, slide
 
@@ -45,6 +45,8 @@ def test_the_share_hidden_has_the_density_of_the_paper():
     for r in (0.2, 0.5, 0.8, 0.95):
         assert abs(float((rate < r).float().mean()) - 2 / math.pi * math.asin(r)) < 0.025
     assert hide(codes[:3], torch.Generator().manual_seed(0)).equal(hide(codes[:3], torch.Generator().manual_seed(0)))
+    parts = hide_each(codes[:2], [7, 8]), hide_each(codes[2:4], [9, 10])
+    assert hide_each(codes[:4], range(7, 11)).equal(torch.cat(parts)) and not parts[0].equal(parts[1])
     places = (shown < 0).float().mean(0)
     assert abs(places - 2 / math.pi).max() < 0.04, "every place as often"
 
@@ -75,7 +77,10 @@ def test_overfits_one_batch(text):
         model(text, codes, None, hide(codes))[1].backward()
         optimizer.step(), optimizer.zero_grad()
     model.requires_grad_(False)
-    assert unmask(model, text, EMPTY, SampleConfig(n=1, steps=4, cfg_scale=1.0, temperature=0.0)).eq(codes).float().mean() > 0.9
+    assert (
+        unmask(model, text, EMPTY, SampleConfig(n=1, steps=4, cfg_scale=1.0, temperature=0.0)).eq(codes).float().mean()
+        > 0.9
+    )
 
 
 # --- drawing ---
