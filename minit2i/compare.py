@@ -123,6 +123,15 @@ def plot(curves, title, width=560, height=340):
     return image
 
 
+def train(script, flags, out):
+    """Run a training script of this checkout, or go on with the run in `out`; ValueError if it fails."""
+    script = Path(__file__).parent.parent / script
+    if not script.exists():
+        raise ValueError(f"{script} is not there; run this in a checkout of the repository")
+    if subprocess.run([sys.executable, script, *flags, "--out", str(out), "--resume"]).returncode:
+        raise ValueError(f"the run {out} failed; what it said is above")
+
+
 def row_of(name, records):
     """One run's log -> its line of the table."""
     training, last = [r for r in records if "recon" in r], [r for r in records if "val_psnr" in r][-1]
@@ -163,17 +172,12 @@ def main():
     parser.add_argument("--values", default=",".join(QUANTIZERS), help=f"its values [{','.join(QUANTIZERS)}]")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each value [1]")
     args, rest = parser.parse_known_args()
-    script = Path(__file__).parent.parent / "train_vq.py"
-    if not script.exists():
-        raise ValueError(f"{script} is not there; run this in a checkout of the repository")
     folders = {}
     for seed in range(args.seeds):
         for value in args.values.split(","):
             name = value if args.seeds == 1 else f"{value}, seed {seed}"
             folders[name] = Path(args.out, f"{value}-{seed}")
-            flags = [f"--{args.vary}", value, "--seed", str(seed), "--out", str(folders[name]), "--resume", *rest]
-            if subprocess.run([sys.executable, script, *flags]).returncode:
-                raise ValueError(f"the run {folders[name]} failed; what it said is above")
+            train("train_vq.py", [f"--{args.vary}", value, "--seed", str(seed), *rest], folders[name])
     print(report(args.out, args.vary, folders))
 
 

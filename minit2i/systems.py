@@ -1,0 +1,208 @@
+"""The six systems of the papers on the same data, steps and parameters, in one table.
+
+    python -m minit2i.systems --data scenes --out out/systems --vq "--steps 600" --prior "--steps 2000"
+    python -m minit2i.systems --data emoji/train --compose emoji/compose --out out/emoji-systems ...
+
+Every recipe (recipes.py) is trained with its paper's choices; only widths change, to what brings tokenizer and prior within
+10 % of --vq_params and --prior_params.  --vq and --prior hold further flags of train_vq.py and train_prior.py, for all.
+A row is the folder OUT/RECIPE: vq, prior, pictures.png and row.json (figures, settings, model hash, flags).  A finished row
+is not run again, a stopped one goes on; table.md, curves.png and pictures.png are drawn from the rows there are.
+
+Not as published: muse without --text_encoder learns its text embedding, lm without --init_lm starts at random, and parti's
+text encoder is not pre-trained.  The validation loss of muse is of hidden codes and compares with no other.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import time
+from dataclasses import asdict, replace
+from math import log
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from minit2i.checkpoint import read_config, write_file
+from minit2i.compare import plot, smooth, train
+from minit2i.data import DataConfig, grid_image, split
+from minit2i.gpt import GPT, GPTConfig
+from minit2i.metrics import recall, scene_accuracy
+from minit2i.recipes import RECIPES, defaults
+from minit2i.sample import Painter, SampleConfig
+from minit2i.train import pick_device, read_log, run, save_image
+from minit2i.vq import VQ, VQConfig
+
+N_HEAD = 4  # of all priors, so that widths may be multiples of 8
+
+
+# --- the same number of parameters -------------------------------------------------------------------
+
+
+def n_params(model):
+    return sum(w.numel() for w in model.parameters())
+
+
+def fit(build, rows, target):
+    """Rows of ever larger configs -> the first whose model is within 10 % of `target` parameters; ValueError if none is."""
+    near = []
+    for row in rows:
+        for cfg in row:
+            try:
+                with torch.device("meta"):
+                    near.append(n_params(build(cfg)))
+            except ValueError:  # a width that this backbone cannot have
+                continue
+            if abs(near[-1] / target - 1) <= 0.1:
+                return cfg
+            if near[-1] > target:
+                break
+    nearest = min(near, key=lambda n: abs(log(n / target)))
+    raise ValueError(f"no width gives {build.__name__} within 10 % of {target} parameters; the nearest has {nearest}")
+
+
+def widths(name, args):
+    """Recipe -> the flags that give its tokenizer and its prior the wanted numbers of parameters."""
+    vq = VQConfig(**defaults(name, (VQConfig,)) | {"n_codes": args.n_codes})
+    depths = sorted(range(1, 9), key=lambda n: abs(n - vq.n_res))  # the recipe's own, if it can be
+    vq = fit(VQ, [[replace(vq, ch=ch, n_res=n) for ch in range(4, 257, 4)] for n in depths], args.vq_params)
+    shape = dict(n_head=N_HEAD, n_codes=args.n_codes, n_vocab=args.vocab_size)
+    shape |= dict(grid_h=args.size // vq.stride, grid_w=args.size // vq.stride)
+    gpt = GPTConfig(**defaults(name, (GPTConfig,)) | shape)
+    gpt = fit(GPT, [[replace(gpt, n_embd=width) for width in range(64, 1025, 8)]], args.prior_params)
+    return {"ch": vq.ch, "n_res": vq.n_res}, {"n_embd": gpt.n_embd, "n_head": N_HEAD}
+
+
+# --- a row -------------------------------------------------------------------------------------------
+
+
+def hours(folder, work, rate):
+    """Time of a training without its evaluations: work over the median of the logged rates."""
+    return work / statistics.median(r[rate] for r in read_log(folder / "log.jsonl") if rate in r) / 3600
+
+
+def seconds_a_picture(painter, prompt, cfg, times=3):
+    """Median time to draw one picture alone, after a first one that does not count."""
+    taken = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        list(painter.paint([prompt], cfg))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def measure(folder, prompts, args):
+    """The trained row in a folder -> its figures {column: value}, settings and model hash; pictures.png is written."""
+    painter, cfg = Painter(folder / "prior", pick_device(args.device)), SampleConfig(n=1)
+    parts = {part: folder / part for part in ("vq", "prior")}
+    said = {part: read_config(parts[part])["train"] for part in parts}
+    last = {k: v for part in parts.values() for r in read_log(part / "log.jsonl") for k, v in r.items()}
+    figures = {
+        "tokenizer, M": n_params(painter.vq) / 1e6,
+        "prior, M": n_params(painter.prior) / 1e6,
+        "PSNR, dB": last["val_psnr"],
+        "codes used, %": 100 * last["code_use"],
+        "nats a code": last["val_image_loss"],
+    }
+    if args.data == "scenes":
+        table = scene_accuracy(painter, cfg, args.prompts_per_category, say=lambda line: None)
+        figures |= {f"{name}, %": 100 * value for name, value in table["seen"].items()}
+        figures["held-out, %"] = 100 * table["held_out"]["overall"]
+        figures["tokenizer alone, %"] = 100 * table["tokenizer"]["overall"]
+    if args.compose:
+        found = recall(painter, cfg, args.compose, [args.data])[0]
+        figures |= {"own picture, %": 100 * found["own"], "right concept, %": 100 * found["concept"]}
+    pictures = said["vq"]["steps"] * said["vq"]["batch_size"]
+    tokens = said["prior"]["steps"] * said["prior"]["batch_size"] * painter.prior.cfg.length
+    figures["training tokenizer, h"] = hours(parts["vq"], pictures, "images_per_s")
+    figures["training prior, h"] = hours(parts["prior"], tokens, "tokens_per_s")
+    figures["seconds a picture"] = seconds_a_picture(painter, prompts[0], cfg)
+    images = torch.cat([images for _, images in painter.paint(prompts, cfg)])
+    save_image(folder / "pictures.png", grid_image(images.cpu(), len(images)), prompts=json.dumps(prompts))
+    return {"figures": figures, "settings": asdict(cfg), "model": painter.hash}
+
+
+def make_row(name, folder, prompts, args):
+    """Train and measure a recipe, unless row.json says that just this was done; what it says."""
+    own = widths(name, args)
+    same = {"data": args.data, "size": args.size, "seed": args.seed, "device": args.device, "recipe": name}
+    flags = [
+        {**same, "n_codes": args.n_codes, **own[0]},
+        {**same, "vocab_size": args.vocab_size, **own[1], "vq": str(folder / "vq")},
+    ]
+    lines = [
+        [*(str(x) for k, v in some.items() for x in (f"--{k}", v)), *shlex.split(more)]
+        for some, more in zip(flags, (args.vq, args.prior))
+    ]
+    asked = {"flags": lines, "compose": args.compose, "prompts_per_category": args.prompts_per_category}
+    path = folder / "row.json"
+    if path.exists() and (row := json.loads(path.read_text()))["asked"] == asked:
+        return row
+    for script, part, line in zip(("train_vq.py", "train_prior.py"), ("vq", "prior"), lines):
+        train(script, line, folder / part)
+    row = measure(folder, prompts, args) | {"asked": asked}
+    write_file(path, json.dumps(row, indent=1) + "\n")
+    return row
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+
+def report(out, rows):
+    """{recipe: row} -> table.md, a row a figure, curves.png and pictures.png; the table."""
+    figures = {name: row["figures"] for name, row in rows.items()}
+    lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for key in next(iter(figures.values())):
+        lines.append(f"| {key} | " + " | ".join(f"{some[key]:.3g}" for some in figures.values()) + " |")
+    table = "\n".join(lines) + "\n"
+    write_file(Path(out, "table.md"), table)
+    logs = {name: [r for r in read_log(Path(out, name, "prior", "log.jsonl")) if "image_loss" in r] for name in rows}
+    curves = {name: smooth([(r["step"], r["image_loss"]) for r in log], 5) for name, log in logs.items()}
+    save_image(Path(out, "curves.png"), plot(curves, "image loss in training, nats a code"))
+    strips = [Image.open(Path(out, name, "pictures.png")) for name in rows]
+    side = 60  # for the names
+    sheet = Image.new("RGB", (side + strips[0].width, sum(im.height for im in strips)), "white")
+    for k, (name, strip) in enumerate(zip(rows, strips)):
+        sheet.paste(strip, (side, k * strip.height))
+        ImageDraw.Draw(sheet).text((4, k * strip.height + strip.height // 2 - 6), name, fill="black")
+    save_image(Path(out, "pictures.png"), sheet, prompts=strips[0].text["prompts"])
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for name, value, text in (
+        ("out", None, "folder of the rows, the table, the curves and the pictures"),
+        ("data", "scenes", "as in both scripts: scenes, a folder or shards"),
+        ("recipes", ",".join(RECIPES), "the rows"),
+        ("size", 64, "side of the pictures"),
+        ("n_codes", 1024, "codebook size"),
+        ("vocab_size", 512, "tokens of the text model"),
+        ("vq_params", 500_000, "parameters of each tokenizer"),
+        ("prior_params", 1_000_000, "parameters of each prior"),
+        ("vq", "", "further flags of train_vq.py, as one string"),
+        ("prior", "", "further flags of train_prior.py, as one string"),
+        ("compose", "", "folder of captioned pictures for the recall (see metrics.py)"),
+        ("prompts_per_category", 100, "of scenes, to measure accuracy"),
+        ("seed", 0, "seed of everything random"),
+        ("device", "auto", "auto, cpu, cuda, mps"),
+    ):
+        shown = "" if value in (None, "") else f" [{value}]"
+        parser.add_argument(
+            f"--{name}", type=type(value or ""), default=value, required=value is None, help=text + shown
+        )
+    args = parser.parse_args()
+    names = args.recipes.split(",")
+    for name in names:
+        defaults(name, ())  # a ValueError if there is none
+    _, (source, indices) = split(DataConfig(data=args.data, size=str(args.size)))
+    prompts = [source.captions(int(i))[0] for i in indices[:8]]
+    rows = {name: make_row(name, Path(args.out, name), prompts, args) for name in names}
+    print(report(args.out, rows))
+
+
+if __name__ == "__main__":
+    run(main)
