@@ -22,7 +22,7 @@ from minit2i.contrast import Contrast, evaluate_towers, fit_encoder
 from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, SIZES, GPTConfig, fit_grid
-from minit2i.lm import LM_SHAPE, lm_config, lm_text, load_lm, read_text, save_lm, text_windows
+from minit2i.lm import LM_SHAPE, in_shape, lm_text, load_lm, read_text, save_lm, text_windows
 from minit2i.masked import hide_each
 from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.plan import plan
@@ -195,7 +195,7 @@ def say_plan(model_cfg, data_cfg, cfg):
         )
     n_vocab = cfg.vocab_size
     if cfg.init_lm:
-        model_cfg = replace(model_cfg, **lm_config(cfg.init_lm))
+        model_cfg = in_shape(model_cfg, cfg.init_lm)
         n_vocab = Text(lm_text(cfg.init_lm), model_cfg.text_len).n_vocab
     if cfg.text_encoder:
         model_cfg, n_vocab = replace(model_cfg, n_vocab=0, n_states=read_config(cfg.text_encoder)["d_model"]), 0
@@ -339,7 +339,7 @@ def main():
     precision = pick_precision(cfg.precision, p.device)
     out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)
     if cfg.init_lm and not resumed:
-        model_cfg = replace(model_cfg, **lm_config(cfg.init_lm))
+        model_cfg = in_shape(model_cfg, cfg.init_lm)
 
     # --- data: captions -> text model, pictures -> codes, once; or a text file ---
     lm = model_cfg.objective == "text"
@@ -404,7 +404,8 @@ def main():
                     sheet, captions = draw_samples(painter, vq, text, prompts, shown_samples, cfg, p.device)
                     save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(captions))
             log.write(step=step, val_text_loss=val_text, val_image_loss=val_image, **found)
-            p.say(f"\nstep {step}: val loss text {val_text:.3f}, image {val_image:.3f} nats a token")
+            learned = [f"{k} {v:.3f}" for k, v in (("text", val_text), ("image", val_image)) if v]
+            p.say(f"\nstep {step}: val loss {', '.join(learned)} nats a token")
             if p.main:
                 plot_log(out, ["image_loss", "text_loss", "grad_norm"])
             log.rate(0)

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from minit2i.attention import Layout, attend
 from minit2i.gpt import GPT, Cache, GPTConfig
@@ -40,7 +41,7 @@ def seconds(f, device):
 def medians(work, device, rounds):
     """Seconds of each piece of work {name: function}, the median of rounds in which all take turns."""
     times = {name: [] for name in work}
-    for k in range(rounds + 2):
+    for k in tqdm(range(rounds + 2), desc="rounds", leave=False):
         for name, f in work.items():
             t = seconds(f, device)
             if k >= 2:  # the first two rounds warm up
@@ -123,7 +124,7 @@ def weights_alone(model, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="how often each is measured [7]")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured [5]")
     parser.add_argument("--batch", type=int, default=16, help="pictures of a training step [16]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the prior for training")

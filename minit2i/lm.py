@@ -11,6 +11,7 @@ kind; tied embeddings are copied, and part in training.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 
 from minit2i.checkpoint import read_config, read_hf, write_file
+from minit2i.gpt import GPTConfig
+from minit2i.tokens import Text
 
 LM_SHAPE = {
     "pos": "sequence",
@@ -46,6 +49,9 @@ def lm_config(folder):
     rope = config.get("rope_parameters") or {}  # where newer versions of the layout keep the base
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{folder} stretches its rotary positions ({rope['rope_type']}), which these blocks do not")
+    needed = "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "rms_norm_eps"
+    if lacking := [key for key in needed if key not in config]:
+        raise ValueError(f"{folder} is no plain Llama: its config.json lacks {', '.join(lacking)}")
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if (config.get("head_dim") or width // heads) * heads != width:  # null: as usual
         raise ValueError(f"{folder} has heads of {config['head_dim']}, not of hidden_size / num_attention_heads")
@@ -58,6 +64,15 @@ def lm_config(folder):
         "norm_eps": config["rms_norm_eps"],
         "rope_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
     } | LM_SHAPE
+
+
+def in_shape(cfg, folder):
+    """GPTConfig -> the same in a language model's shape.  ValueError if a flag asks for another than the folder's."""
+    shape = lm_config(folder)
+    for key, value in shape.items():
+        if getattr(cfg, key) not in (value, getattr(GPTConfig, key)):
+            raise ValueError(f"--{key} {getattr(cfg, key)} cannot be: {folder} has {value}; leave it out")
+    return replace(cfg, **shape)
 
 
 def places(model):
@@ -115,7 +130,11 @@ def lm_text(folder):
     path = Path(folder, "tokenizer.model")
     if not path.exists():
         raise ValueError(f"{folder} has no tokenizer.model: --init_lm needs a SentencePiece vocabulary")
-    return path.read_bytes()
+    proto = path.read_bytes()
+    words = Text(proto, 1).sp
+    if words.bos_id() < 0 or words.eos_id() < 0:
+        raise ValueError(f"{path} has no marks for beginning and end, between which captions stand")
+    return proto
 
 
 def save_lm(folder, model, text):

@@ -9,7 +9,7 @@ Shapes: B batch, T text length, W width of the states, H heads, K head size, n c
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +123,8 @@ def load_t5(folder, dtype=torch.float32):
         raise ValueError(
             f"{folder} is no T5 v1.1: its config.json has no gated-gelu t5; give google/t5-v1_1-* or alike"
         )
+    if lacking := [f.name for f in fields(T5Config) if f.default is MISSING and f.name not in config]:
+        raise ValueError(f"the config.json of {folder} lacks {', '.join(lacking)}")
     for name, tensor in read_hf(folder):
         if not name.startswith(("decoder.", "lm_head.")):
             for theirs, ours in NAMES:

@@ -206,6 +206,9 @@ class CodeCache:
             if folder.exists():
                 shutil.rmtree(part)
             else:
+                for path in part.iterdir():
+                    with open(path, "rb") as f:
+                        os.fsync(f.fileno())
                 os.replace(part, folder)
         p.barrier()
 

@@ -4,11 +4,13 @@ The loop below is the independent reference; beside it, transformers' LlamaForCa
 random weights differed by 1.5e-6 at most, and LlamaForCausalLM read what save_lm wrote, when this was written.
 """
 
+import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from test_train import PRIOR_FLAGS, call, losses, pictures, vq  # noqa: F401 (fixtures)
@@ -17,7 +19,7 @@ import sample
 import train_prior
 from minit2i.checkpoint import read_hf
 from minit2i.gpt import GPT, GPTConfig
-from minit2i.lm import Windows, lm_config, load_lm, save_lm
+from minit2i.lm import Windows, in_shape, lm_config, lm_text, load_lm, save_lm
 from minit2i.sample import SampleConfig, generate
 from minit2i.tokens import Text
 from minit2i.train import read_log
@@ -145,6 +147,24 @@ def test_what_is_no_plain_llama_is_refused(change, message, tmp_path):
         prior(tmp_path)
 
 
+def test_flags_and_words_that_do_not_fit_a_language_model_are_refused(tmp_path):
+    write(tmp_path)
+    with pytest.raises(ValueError, match="--n_layer 3 cannot be: .* has 2; leave it out"):
+        in_shape(GPTConfig(n_layer=3), tmp_path)
+    assert in_shape(GPTConfig(n_layer=2), tmp_path).n_embd == lm_config(tmp_path)["n_embd"]
+    config = {k: v for k, v in CONFIG.items() if k not in ("hidden_size", "rms_norm_eps")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lacks hidden_size, rms_norm_eps"):
+        lm_config(tmp_path)
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b"] * 9), model_writer=proto, vocab_size=9, bos_id=-1, hard_vocab_limit=False
+    )
+    (tmp_path / "tokenizer.model").write_bytes(proto.getvalue())
+    with pytest.raises(ValueError, match="no marks for beginning and end"):
+        lm_text(tmp_path)
+
+
 def test_null_in_a_config_is_the_usual(tmp_path):
     write(tmp_path)
     shape = lm_config(tmp_path)
@@ -211,7 +231,9 @@ def test_a_prior_from_a_language_model_and_one_of_its_shape(pictures, vq, tmp_pa
         w[name] = torch.randn(text.n_vocab + 3, 24)
     (lm / "model.safetensors.index.json").unlink()
     save_file(w, lm / "model.safetensors")
-    flags = ["--data", pictures, "--vq", vq, "--cache", tmp_path / "cache", "--init_lm", lm, *PRIOR_FLAGS]
+    shape = zip(PRIOR_FLAGS[::2], PRIOR_FLAGS[1::2])
+    flags = [f for pair in shape for f in pair if pair[0] not in ("--n_layer", "--n_head", "--n_embd")]
+    flags += ["--data", pictures, "--vq", vq, "--cache", tmp_path / "cache", "--init_lm", lm]
     call(train_prior, *flags, "--out", tmp_path / "a", "--steps", 0)
     call(train_prior, *flags, "--out", tmp_path / "b", "--steps", 2, "--no-init_lm_weights")
     a, b = (load_file(tmp_path / k / "model.safetensors") for k in "ab")

@@ -48,7 +48,12 @@ def test_rows_are_trained_once_measured_and_put_side_by_side(pictures, tmp_path,
     small = "--batch_size 4 --eval_size 4 --workers 0 --log_every 2"
     flags = "--out", tmp_path, "--data", pictures, "--size", 16, "--n_codes", 16, "--vocab_size", 300, "--device", "cpu"
     flags += "--vq_params", 120_000, "--prior_params", 400_000, "--compose", pictures
-    flags += "--vq", f"{small} --steps 2 --perceptual 0 --gan 0", "--prior", f"{small} --steps 2 --cache {tmp_path / 'cache'}"
+    flags += (
+        "--vq",
+        f"{small} --steps 2 --perceptual 0 --gan 0",
+        "--prior",
+        f"{small} --steps 2 --cache {tmp_path / 'cache'}",
+    )
     call(systems, *flags, "--recipes", "taming")
     assert trained == ["train_vq.py", "train_prior.py"]
     call(systems, *flags, "--recipes", "taming,muse")

@@ -157,6 +157,9 @@ def test_what_is_no_t5_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"feed_forward_proj": "relu"}))
     with pytest.raises(ValueError, match="gated-gelu"):
         load_t5(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "d_ff"}))
+    with pytest.raises(ValueError, match="lacks d_ff"):
+        load_t5(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(ValueError, match="whole or in shards"):
         load_t5(tmp_path)
