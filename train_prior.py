@@ -316,13 +316,8 @@ def check_contrast(model_cfg, cfg):
         raise ValueError("--objective contrast starts from chance, or with --init from its like; leave out the others")
 
 
-def main():
-    # --- configuration, processes, tokenizer ---
-    model_cfg, data_cfg, cfg = parse_flags(__doc__, GPTConfig, DataConfig, PriorTrainConfig)
-    if cfg.plan and model_cfg.objective == "contrast":
-        raise ValueError("--plan counts priors, not the towers of --objective contrast")
-    if cfg.plan:
-        return say_plan(model_cfg, data_cfg, cfg)
+def check_flags(model_cfg, data_cfg, cfg):
+    """ValueError for flags that do not go together."""
     if not data_cfg.captions:
         raise ValueError("--no-captions is for train_vq.py: the prior needs captions")
     if data_cfg.flip and cfg.crops == 1:
@@ -331,9 +326,52 @@ def main():
         raise ValueError("--init_lm brings words and weights of its own; leave out --init and --text_encoder")
     if model_cfg.n_states and not cfg.text_encoder:
         raise ValueError("a frozen T5 read this prior's captions: name its folder with --text_encoder")
-    contrast = model_cfg.objective == "contrast"
-    if contrast:  # each caption counts: none is dropped
+    if model_cfg.objective == "contrast":
         check_contrast(model_cfg, cfg)
+
+
+def hidden(model, parts, cfg, step, p):
+    """What a masked prior or the two towers are shown of each part of a batch; None for a model that sees all."""
+    if model.cfg.objective == "contrast":
+        return [model.hide(text) for text, *_ in parts]
+    if not model.masked:
+        return [None] * len(parts)
+    size = len(parts[0][0])  # by the sample's place in the run, whichever process has it
+    first = cfg.seed * 1_000_003 + step * cfg.batch_size + p.rank * cfg.accum * size
+    return [hide_each(part[1], range(first + k * size, first + (k + 1) * size)) for k, part in enumerate(parts)]
+
+
+def gradients(forward, model, parts, shown, cfg, p, precision, scaler):
+    """Backward passes over the parts of a batch -> this process's share of the mean text and image loss (2,)."""
+    if model.cfg.objective == "contrast":
+        n_text, n_image = (shown[0][:, 1] >= 0).sum(), cfg.batch_size
+    else:
+        n_text, n_image = sum(model.n_text_targets(part[0]) for part in parts), cfg.batch_size * model.cfg.n_image
+    n_text = p.total(n_text.float()).clamp_min(1)
+    if model.masked:
+        n_image = p.total(sum((codes < 0).sum() for codes in shown).float())
+    sums = torch.zeros(2, device=p.device)
+    for k, (*batch, _) in enumerate(parts):
+        sync_gradients(forward, k == cfg.accum - 1)
+        with autocast(p.device, precision):
+            batch = (x if x is None else x.to(p.device) for x in (*batch, shown[k]))
+            text_loss, image_loss = forward(*batch, cfg.label_smoothing if model.masked else 0.0)
+        loss = cfg.text_weight * text_loss / n_text + cfg.image_weight * image_loss / n_image
+        scaler.scale(loss * p.world).backward()  # x world: it takes the mean, and these are parts of a sum
+        sums += torch.stack([text_loss.detach() / n_text, image_loss.detach() / n_image])
+    return sums
+
+
+def main():
+    # --- configuration, processes, tokenizer ---
+    model_cfg, data_cfg, cfg = parse_flags(__doc__, GPTConfig, DataConfig, PriorTrainConfig)
+    lm, contrast = (model_cfg.objective == name for name in ("text", "contrast"))
+    if cfg.plan and contrast:
+        raise ValueError("--plan counts priors, not the towers of --objective contrast")
+    if cfg.plan:
+        return say_plan(model_cfg, data_cfg, cfg)
+    check_flags(model_cfg, data_cfg, cfg)
+    if contrast:  # each caption counts: none is dropped
         cfg = replace(cfg, cond_drop=0.0)
     p = Processes(cfg.device)
     precision = pick_precision(cfg.precision, p.device)
@@ -342,7 +380,6 @@ def main():
         model_cfg = in_shape(model_cfg, cfg.init_lm)
 
     # --- data: captions -> text model, pictures -> codes, once; or a text file ---
-    lm = model_cfg.objective == "text"
     if lm:  # beside the words one code, of one kind: its loss is 0
         model_cfg, cfg = replace(model_cfg, **LM_SHAPE), replace(cfg, text_weight=1.0, image_weight=0.0)
         n_codes, grid, skipped = 1, (1, 1), "no pictures"
@@ -422,27 +459,9 @@ def main():
 
         seed_step(cfg.seed, step, p.rank)
         parts = [next(loader) for _ in range(cfg.accum)]
-        shown = [model.hide(part[0]) if contrast else None for part in parts]
-        if model.masked:  # by the sample's place in the run, whichever process has it
-            at = cfg.seed * 1_000_003 + step * cfg.batch_size + p.rank * cfg.accum * part_size
-            shown = [
-                hide_each(part[1], range(at + k * part_size, at + (k + 1) * part_size)) for k, part in enumerate(parts)
-            ]
-        targets = (shown[0][:, 1] >= 0).sum() if contrast else sum(model.n_text_targets(part[0]) for part in parts)
-        n_text = p.total(targets.float()).clamp_min(1)
-        n_image = cfg.batch_size * (1 if contrast else model_cfg.n_image)
-        if model.masked:
-            n_image = p.total(sum((codes < 0).sum() for codes in shown).float())
-        sums = torch.zeros(2, device=p.device)
-        for k, (*batch, n_cut) in enumerate(parts):
-            cut += n_cut
-            sync_gradients(forward, k == cfg.accum - 1)
-            with autocast(p.device, precision):
-                batch = (x if x is None else x.to(p.device) for x in (*batch, shown[k]))
-                text_loss, image_loss = forward(*batch, cfg.label_smoothing if model.masked else 0.0)
-            loss = cfg.text_weight * text_loss / n_text + cfg.image_weight * image_loss / n_image
-            scaler.scale(loss * p.world).backward()  # x world: it takes the mean, and these are parts of a sum
-            sums += torch.stack([text_loss.detach() / n_text, image_loss.detach() / n_image])
+        cut += sum(part[-1] for part in parts)
+        shown = hidden(model, parts, cfg, step, p)
+        sums = gradients(forward, model, parts, shown, cfg, p, precision, scaler)
         norm = optimizer_step(model, optimizer, scaler, cfg, step)
         ema.update(model, step)
 
