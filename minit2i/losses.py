@@ -5,6 +5,7 @@
 Shapes: B batch, H W picture; pictures are in [-1, 1].
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -153,7 +154,7 @@ class Discriminator(nn.Sequential):
         for i in range(1, n_layers + 1):
             w = ch * min(2**i, 8)
             layers += [nn.Conv2d(last, w, 4, stride=2 if i < n_layers else 1, padding=1, bias=False)]
-            layers += [nn.GroupNorm(min(8, w), w), nn.LeakyReLU(0.2)]
+            layers += [nn.GroupNorm(math.gcd(8, w), w), nn.LeakyReLU(0.2)]
             last = w
         super().__init__(*layers, nn.Conv2d(last, 1, 4, padding=1))
 
@@ -226,9 +227,9 @@ class Objective:
     def __init__(self, cfg, p, precision, size):
         self.cfg, self.terms = cfg, parse_recon(cfg.recon)
         self.vgg, self.adversary = None, None
-        for name in ("perceptual", "gan", "gan_ramp", "gan_start"):
-            if getattr(cfg, name) < 0:
-                raise ValueError(f"{name} {getattr(cfg, name)} is negative; use 0 or more")
+        for name in ("perceptual", "gan", "gan_ramp", "gan_start", "gan_layers", "gan_ch"):
+            if getattr(cfg, name) < (name == "gan_ch"):
+                raise ValueError(f"{name} {getattr(cfg, name)} is less than {int(name == 'gan_ch')}")
         if cfg.perceptual:
             if min(size) < 16:
                 raise ValueError(

@@ -9,6 +9,7 @@ Shapes: B batch, H W picture, V codebook size.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -20,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from minit2i.backbones import shrink
 from minit2i.checkpoint import read_config, write_file
-from minit2i.data import BadEntry, DataConfig, Folder, crop, open_source, to_pil
+from minit2i.data import BadEntry, DataConfig, Folder, crop, open_source, parse_size, to_pil
 from minit2i.fid import batches, features, fid, frechet, moments, pick_features, picture_set
 from minit2i.oracle import check_scene, score_scenes
 from minit2i.sample import PRETRAINED, Painter, SampleConfig, file_hash, load_vq
@@ -77,16 +79,17 @@ def code_stats(counts):
 def tokenizer_figures(vq, vq_hash, crops, extract, folder):
     """PSNR, SSIM, use of codes and rFID of a tokenizer on a set of pictures (Crops) -> dict."""
 
-    def roundtrip(images):
-        return vq.decode(vq.encode(images.to(next(vq.parameters()).device))).cpu()
+    def encode(images):
+        return vq.encode(shrink(images.to(next(vq.parameters()).device), vq.cfg.upscale))
 
     sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(vq.cfg.n_codes)
     for images in batches(crops):
-        codes = vq.encode(images.to(next(vq.parameters()).device))
+        codes = encode(images)
         again = vq.decode(codes).cpu()
         counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
         sums += torch.tensor([psnr(again, images).sum(), ssim(again, images).sum(), len(images)])
-    rows = [features(extract, crops, folder), features(extract, crops, folder, roundtrip, vq_hash)]
+    drawn = features(extract, crops, folder, lambda images: vq.decode(encode(images)), vq_hash)
+    rows = [features(extract, crops, folder), drawn]
     use, perplexity = code_stats(counts)
     figures = {"psnr": float(sums[0] / sums[2]), "ssim": float(sums[1] / sums[2]), "code_use": use}
     figures |= {"perplexity": perplexity, "rFID": frechet(*moments(rows[0]), *moments(rows[1])), "n": int(sums[2])}
@@ -188,6 +191,14 @@ def recall(painter, cfg, prompts, among=(), ignore=r" with .*skin tone$"):
 # --- the commands ------------------------------------------------------------------------------------
 
 
+def first_size(source):
+    """Size of the first picture that can be read, as --size."""
+    for i in range(len(source)):
+        with contextlib.suppress(BadEntry):
+            return "{1}x{0}".format(*source.picture(i).size)
+    raise ValueError(f"none of the {len(source)} pictures can be read, {source.key(0)} for one")
+
+
 def drawn_by(source):
     """Model hash and settings that sample.py wrote into the first picture of a folder; {} if it did not."""
     try:
@@ -264,14 +275,15 @@ def measure_pictures(args):
     extract = pick_features(args.features, pick_device(args.device))
     settings = {k: getattr(args, k) for k in ("features", "size", "n")}
     if args.command == "tokenizer":
-        settings["size"] = args.size or read_config(args.model)["data"]["size"]
-        crops = picture_set(args.images, settings["size"], args.n, args.workers)
         vq, model = load_vq(args.model, extract.device), file_hash(Path(args.model, "model.safetensors"))
+        own = [n * vq.cfg.upscale for n in parse_size(read_config(args.model)["data"]["size"])]
+        settings["size"] = args.size or "{}x{}".format(*own)
+        crops = picture_set(args.images, settings["size"], args.n, args.workers)
         figures = tokenizer_figures(vq, model, crops, extract, args.cache)
         record = {"settings": settings | {"images": args.images}, "model": model}
     else:
         source = open_source(args.fake, DataConfig(size=args.size or "64"))
-        settings["size"] = args.size or "{1}x{0}".format(*source.picture(0).size)
+        settings["size"] = args.size or first_size(source)
         real, fake = (picture_set(s, settings["size"], args.n, args.workers) for s in (args.real, args.fake))
         figures = fid(extract, real, fake, args.cache, args.radii)
         record = {"settings": settings | {"real": args.real, "fake": args.fake}, "drawn_by": drawn_by(source)}

@@ -43,7 +43,7 @@ class VQConfig:
     maps: int = 3  # that the decoder gives: 3 are RGB, 6 the means and log-scales of logit-Laplace
     quantizer: Annotated[str, "how codes are learned (see QUANTIZERS)"] = "ema"
     n_codes: Annotated[int, "codebook size"] = 1024
-    code_dim: Annotated[int, "channels of a code"] = 32
+    code_dim: Annotated[int, "channels of a code; not for fsq"] = 32
     l2_norm: Annotated[bool, "l2-normalise latents and codes (ViT-VQGAN, arXiv:2110.04627 sec. 3.2); not for fsq"] = (
         False
     )
@@ -52,7 +52,9 @@ class VQConfig:
     kl_weight: Annotated[float, "gumbel: final weight of the KL to even use (DALL-E)"] = 6.6
     kl_steps: Annotated[int, "gumbel: steps over which that weight rises from 0"] = 5000
     tau_steps: Annotated[int, "gumbel: steps over which the temperature falls from 1 to 1/16 (DALL-E: 150,000)"] = 5000
-    restart: Annotated[float, "codes used less than this fraction of an even share are restarted; 0: never"] = 0.1
+    restart: Annotated[
+        float, "ema, st: codes used less than this fraction of an even share are restarted; 0: never"
+    ] = 0.1
 
 
 # --- quantizers ------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class Quantizer(nn.Module):
     def forward(self, z, step=None):
         """z (N, C) -> z_q (N, C) with z's gradient, codes (N,), loss ().  step: of the training; None: use, not train."""
         z = self.norm(z)
-        codes = nearest_code(z, self.codebook)
+        codes = nearest_code(z, self.norm(self.codebook))  # a learned one, or an average, leaves the sphere
         z_q = self.lookup(codes)
         return z + (z_q - z).detach(), codes, self.loss(z, z_q)
 
@@ -308,7 +310,7 @@ def fsq_levels(n_codes):
 
 def cosine(step, steps, first, last):
     """From `first` to `last` over `steps`, along half a cosine."""
-    return last + (first - last) * (1 + math.cos(math.pi * min(1, step / steps))) / 2
+    return last + (first - last) * (1 + math.cos(math.pi * min(1, step / max(1, steps)))) / 2
 
 
 QUANTIZERS = {
@@ -336,6 +338,9 @@ class VQ(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
+        for name in ("ch", "n_codes", "code_dim", "sr_ch"):
+            if getattr(cfg, name) < 1:
+                raise ValueError(f"{name} {getattr(cfg, name)} is less than 1")
         if cfg.patchwise and cfg.backbone != "vqvae":
             raise ValueError(f"--patchwise is for the vqvae backbone, not for {cfg.backbone}; leave it out")
         self.cfg = cfg

@@ -125,6 +125,10 @@ def test_patchgan_judges_patches_of_70_pixels_each_by_itself():
     assert torch.allclose(net(x[:1]), y[:1], atol=1e-5), "a picture's verdict must not depend on the batch"
 
 
+def test_any_number_of_channels_will_do():
+    assert Discriminator(5, 2)(torch.rand(1, 3, 32, 32)).shape == (1, 1, 6, 6)
+
+
 def test_hinge_has_a_margin_and_the_right_signs():
     sure, wrong = torch.full((4,), 2.0), torch.full((4,), -2.0)
     assert hinge(sure, wrong) == 0 and hinge(wrong, sure) == 3 and hinge(sure * 0, sure * 0) == 1
@@ -190,7 +194,8 @@ def test_it_starts_late_and_is_ramped():
     [
         (dict(gan_start=10**6), "gan_start 1000000 is not before the last of 5000 steps"),
         (dict(gan_layers=5), "needs pictures of at least 96 pixels, not 32"),
-        (dict(gan=-1.0), "gan -1.0 is negative"),
+        (dict(gan=-1.0), "gan -1.0 is less than 0"),
+        (dict(gan_ch=0), "gan_ch 0 is less than 1"),
         (dict(recon="ssim"), "recon 'ssim' is not known"),
     ],
 )

@@ -206,6 +206,17 @@ def test_the_tokenizers_record_says_how_it_came_about(vq, pictures, tmp_path, mo
     assert np.isclose(figures["rFID"], frechet(m1, c1, m2, c2), rtol=1e-4)
 
 
+def test_a_tokenizer_that_enlarges_is_measured_at_the_size_it_draws(pictures, tmp_path, monkeypatch):
+    cfg = VQConfig(stride=8, ch=8, n_res=1, n_codes=32, code_dim=4, upscale=2, sr_ch=8, sr_blocks=1)
+    save_model(tmp_path / "x2", VQ(cfg).state_dict(), {"kind": "vq", "model": asdict(cfg), "data": {"size": "8x16"}})
+    flags = ["--images", pictures / "a", "--features", tmp_path / "x2", "--cache", tmp_path / "cache", "--workers", 0]
+    command(
+        monkeypatch, "tokenizer", "--model", tmp_path / "x2", *flags, "--device", "cpu", "--out", tmp_path / "a.json"
+    )
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["settings"]["size"] == "16x32" and 0 < record["figures"]["psnr"] < 60
+
+
 def test_fids_record_names_the_model_that_drew(vq, pictures, tmp_path, monkeypatch, capsys):
     common = ["--features", vq, "--cache", tmp_path / "cache", "--workers", 0, "--device", "cpu", "--radii", 0, 1]
     flags = ["--real", pictures / "a", "--fake", pictures / "b", "--out", tmp_path / "f.json", *common]
@@ -215,3 +226,6 @@ def test_fids_record_names_the_model_that_drew(vq, pictures, tmp_path, monkeypat
     assert {"FID-0", "FID-1"} <= set(record["figures"]) and "encoder" in record["figures"]["features"]
     assert "too high" in capsys.readouterr().out  # 6 pictures, 8 features
     assert Image.open(pictures / "b" / "1.png").size == (32, 24)
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="none of the 1 pictures can be read, 0.png"):
+        command(monkeypatch, "fid", "--real", pictures / "a", "--fake", tmp_path, *common)

@@ -72,6 +72,16 @@ def test_beta_weighs_the_pull_on_the_encoder_and_nothing_else(name):
         assert torch.allclose(grad, torch.zeros(16, 4).index_add_(0, codes, -pull), atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["ema", "st", "fixed"])
+def test_on_the_sphere_the_length_of_a_code_means_nothing(name):
+    """Gradients, and averages of weights, leave a codebook that is not of length 1."""
+    quantizer = QUANTIZERS[name](replace(SMALL, quantizer=name, l2_norm=True))
+    z = torch.randn(200, 4)
+    codes = (torch.nn.functional.normalize(z) @ quantizer.codebook.t()).argmax(1)
+    quantizer.codebook.data *= torch.linspace(0.5, 2, 16)[:, None]
+    assert quantizer(z)[1].equal(codes)
+
+
 def test_gumbel_loss_and_schedules():
     """KL to the even distribution in closed form, weighted by 6.6 / (3 * 64) a code at stride 8; cosine schedules."""
     cfg = replace(SMALL, quantizer="gumbel", stride=8, kl_steps=100, tau_steps=200)
@@ -81,6 +91,7 @@ def test_gumbel_loss_and_schedules():
     for step, weight in ((0, 0.0), (50, 3.3), (100, 6.6), (1000, 6.6)):
         assert abs(float(quantizer(z, step)[2]) - weight / 192 * kl) < 1e-5
     assert quantizer(z * 0, 100)[2].abs() < 1e-6
+    assert float(QUANTIZERS["gumbel"](replace(cfg, kl_steps=0, tau_steps=0))(z, 1)[2]) > 0, "no steps: at once"
     nearness = [
         float((quantizer(z, step)[0] - quantizer.codebook[:, None]).norm(dim=2).min(0).values.mean())
         for step in (0, 200)
@@ -363,6 +374,8 @@ def test_what_a_backbone_cannot_do_is_refused():
         VQ(replace(SMALL, backbone="unet"))
     with pytest.raises(ValueError, match="--patchwise is for the vqvae backbone"):
         VQ(replace(SMALL, backbone="vit", patchwise=True))
+    with pytest.raises(ValueError, match="n_codes 0 is less than 1"):
+        VQ(replace(SMALL, n_codes=0))
 
 
 def test_a_size_that_the_stride_does_not_divide_is_refused():
