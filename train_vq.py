@@ -124,6 +124,8 @@ def main():
         raise ValueError("--super_resolution draws pictures, not distributions; use --recon l1 or l2")
     if not cfg.super_resolution:
         model_cfg = replace(model_cfg, maps=6 if laplace else 3)
+    if cfg.init:
+        model_cfg = replace(model_cfg, free_steps=0)  # a fixed codebook is set already
     size = data_cfg.size or (read_config(cfg.base)["data"]["size"] if cfg.base else "64")
     data_cfg = replace(data_cfg, size=size)
     large = [model_cfg.upscale * n for n in parse_size(size)]  # what is read; the tokenizer sees it shrunk to size
@@ -143,6 +145,10 @@ def main():
     torch.manual_seed(cfg.seed)
     model = VQ(model_cfg).to(p.device)
     model.grid(*parse_size(data_cfg.size))
+    if not cfg.base and 0 < cfg.steps <= model.quantizer.first_step:
+        raise ValueError(
+            f"free_steps {model_cfg.free_steps} leaves none of {cfg.steps} steps with a codebook; use {cfg.steps // 3}"
+        )
     objective = Objective(cfg, p, precision, large)
     if cfg.base and not resumed:
         load_base(model, cfg)
@@ -201,7 +207,7 @@ def main():
             images, _, skips = next(loader)
             skipped.add(skips)
             parts.append(images.to(p.device, non_blocking=True))
-        if step == 0 and not cfg.base:
+        if step == model.quantizer.first_step and not cfg.base:
             with torch.no_grad(), autocast(p.device, precision):
                 model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in parts]))
         latents, codes, sums = [], [], {}  # sums: name -> mean over the parts, for the log

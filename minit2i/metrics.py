@@ -276,8 +276,8 @@ def measure_pictures(args):
     settings = {k: getattr(args, k) for k in ("features", "size", "n")}
     if args.command == "tokenizer":
         vq, model = load_vq(args.model, extract.device), file_hash(Path(args.model, "model.safetensors"))
-        own = [n * vq.cfg.upscale for n in parse_size(read_config(args.model)["data"]["size"])]
-        settings["size"] = args.size or "{}x{}".format(*own)
+        size = parse_size(args.size or read_config(args.model)["data"]["size"])  # of what it encodes
+        settings["size"] = "x".join(str(n * vq.cfg.upscale) for n in size)
         crops = picture_set(args.images, settings["size"], args.n, args.workers)
         figures = tokenizer_figures(vq, model, crops, extract, args.cache)
         record = {"settings": settings | {"images": args.images}, "model": model}

@@ -52,6 +52,9 @@ class VQConfig:
     kl_weight: Annotated[float, "gumbel: final weight of the KL to even use (DALL-E)"] = 6.6
     kl_steps: Annotated[int, "gumbel: steps over which that weight rises from 0"] = 5000
     tau_steps: Annotated[int, "gumbel: steps over which the temperature falls from 1 to 1/16 (DALL-E: 150,000)"] = 5000
+    free_steps: Annotated[
+        int, "fixed: steps without quantization, after which k-means sets the codebook; with --init: none"
+    ] = 200
     restart: Annotated[
         float, "ema, st: codes used less than this fraction of an even share are restarted; 0: never"
     ] = 0.1
@@ -99,12 +102,13 @@ def pick_rows(z, index):
 
 
 class Quantizer(nn.Module):
-    """Nearest code, straight-through gradient; what all quantizers share.  By itself "fixed": the codebook stays.
+    """Nearest code, straight-through gradient; what all quantizers share.
 
-    `forward` changes nothing; the training loop calls `start` once and `update` after each step.
+    `forward` changes nothing; the training loop calls `start` once, at `first_step`, and `update` after each step.
     Both see the latents of all processes, so that two processes equal one with the doubled batch.
-    Fixed codebook: CogView, arXiv:2105.13290 sec. 2.2; here it starts by k-means, as the others do.
     """
+
+    first_step = 0
 
     def __init__(self, cfg):
         super().__init__()
@@ -202,6 +206,23 @@ class Quantizer(nn.Module):
         dead = self.ema_count < self.cfg.restart * share
         trial = 2 * self.cfg.restart * share  # one that nothing chooses is dead again after 69 steps at decay 0.99
         self.place(dead, self.draw(z, codes, good, len(dead), step), trial)
+
+
+class FixedQuantizer(Quantizer):
+    """The codebook stays where k-means puts it after --free_steps; until then latents pass as they are.
+
+    CogView, arXiv:2105.13290 sec. 2.2: the codebook need not learn if it starts well.  How it does is our choice: the
+    codes that k-means finds for an encoder that has learned nothing yet are soon left behind.
+    """
+
+    @property
+    def first_step(self):
+        return self.cfg.free_steps
+
+    def forward(self, z, step=None):
+        z_q, codes, loss = super().forward(z, step)
+        free = step is not None and step < self.first_step
+        return (self.norm(z), codes, 0 * loss) if free else (z_q, codes, loss)
 
 
 class EMAQuantizer(Quantizer):
@@ -316,7 +337,7 @@ def cosine(step, steps, first, last):
 QUANTIZERS = {
     "ema": EMAQuantizer,
     "st": STQuantizer,
-    "fixed": Quantizer,
+    "fixed": FixedQuantizer,
     "gumbel": GumbelQuantizer,
     "fsq": FSQQuantizer,
 }

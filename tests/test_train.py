@@ -414,6 +414,26 @@ def test_two_processes_equal_one(vq, pictures, tmp_path):
     assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
 
 
+def test_a_fixed_codebook_is_set_after_its_free_steps(pictures, tmp_path, monkeypatch):
+    """The same to the last bit if a run is stopped just before or after, and on two processes; then it stays."""
+    flags = ["--data", pictures, *VQ_FLAGS, "--quantizer", "fixed", "--free_steps", 3, "--steps", 6]
+    call(train_vq, *flags, "--out", tmp_path / "one")
+    fork(2, call, train_vq, *flags, "--out", tmp_path / "two")
+    codebooks = []
+    for step in (3, 4, -1):
+        stop_at(monkeypatch, step)
+        call(train_vq, "--resume", *flags, "--out", tmp_path / "cut")
+        codebooks.append(load_file(tmp_path / "cut" / "model.safetensors")["quantizer.codebook"])
+    assert not codebooks[0].equal(codebooks[1]) and codebooks[1].equal(codebooks[2])
+    assert losses(tmp_path / "cut") == losses(tmp_path / "one")
+    assert equal(tmp_path / "cut" / "model.safetensors", tmp_path / "one" / "model.safetensors")
+    assert np.allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-3)
+    call(train_vq, *flags, "--init", tmp_path / "one", "--out", tmp_path / "fine")
+    assert load_file(tmp_path / "fine" / "model.safetensors")["quantizer.codebook"].equal(codebooks[2])
+    config = json.loads((tmp_path / "fine" / "config.json").read_text())
+    assert config["model"]["free_steps"] == 0, "its codebook is set already"
+
+
 def test_a_run_goes_on_with_other_processes_and_another_strategy(vq, prior, pictures, tmp_path, monkeypatch):
     """Two replicas, then four shards, then one process: the losses and weights of one process all the way."""
     flags = ["--data", pictures, "--vq", vq, "--cache", prior.parent / "cache", *PRIOR_FLAGS, "--dropout", 0]
@@ -470,6 +490,7 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(vq, prior, pict
         (["--batch_size", "7", "--accum", "2"], "batch_size 7 does not divide into 2 parts"),
         (["--data", "nowhere"], "neither a folder nor a tar shard"),
         (["--quantizer", "magic"], "quantizer 'magic' is not known"),
+        (["--quantizer", "fixed", "--free_steps", "1"], "free_steps 1 leaves none of 1 steps with a codebook"),
         (["--log_every", "0"], "log_every 0 is less than 1"),
     ],
 )
