@@ -2,22 +2,19 @@
 
 import json
 import math
-import os
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import fork
 from torchvision.models.vgg import cfgs, make_layers
 
 import train_vq
 from minit2i import checkpoint, losses, train
 from minit2i.losses import EPS, Discriminator, Objective, Perceptual, adaptive_weight, hinge, logit_laplace
 from test_train import call, equal, pictures  # noqa: F401
-from test_vq import free_port
 
 ALONE = train.Processes("cpu")
 CFG = train_vq.VQTrainConfig(out="", gan=0.8, gan_start=10, gan_ramp=20, gan_ch=8, gan_layers=2)
@@ -243,18 +240,10 @@ def test_a_run_with_a_discriminator_resumes_with_bit_equal_losses(pictures, tmp_
     assert not any("discriminator" in name for name in names), "only resuming needs it"
 
 
-def one_of_two(rank, port, flags):
-    """train_vq.py as torchrun starts it."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-    torch.set_num_threads(1)
-    call(train_vq, *flags)
-    dist.destroy_process_group()
-
-
 def test_two_processes_with_a_discriminator_equal_one(pictures, tmp_path):  # noqa: F811
     flags = ["--data", pictures, *FLAGS, "--precision", "fp32"]
     call(train_vq, "--out", tmp_path / "one", *flags)
-    mp.spawn(one_of_two, (free_port(), ["--out", tmp_path / "two", *flags]), nprocs=2)
+    fork(2, call, train_vq, "--out", tmp_path / "two", *flags)
     for keys in (("loss", "recon", "grad_norm"), ("gan_loss", "disc_loss"), ("gan_lambda",)):
         one, two = (np.array(log_of(tmp_path / name, *keys)) for name in ("one", "two"))
         assert len(one) and np.allclose(one, two, rtol=5e-3, atol=1e-4), (keys, one, two)

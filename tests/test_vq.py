@@ -1,17 +1,15 @@
 """Tokenizer: nearest code and moving average against loops, processes against one, shapes, learning."""
 
-import os
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import fork
 
 from minit2i import backbones
 from minit2i.backbones import BACKBONES, is_local, reach
 from minit2i.losses import logit_laplace
+from minit2i.train import Processes
 from minit2i.vq import QUANTIZERS, VQ, VQConfig, nearest_code
 
 SMALL = VQConfig(stride=4, ch=8, n_res=1, n_codes=16, code_dim=4)
@@ -200,38 +198,26 @@ def test_kmeans_start_uses_every_code():
     assert error(quantizer) < 0.5 * z.var(0).sum() < error(random)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def update_codebooks(rank, world, port, names, z, result):
-    """Ten updates of each, a restart threshold that bites, each process with its share of every batch."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    share = z.chunk(world, 1)[rank]
+def update_codebooks(names, z):
+    """Ten updates of each, a restart threshold that bites, each process with its share of every batch -> all states."""
+    p, states = Processes("cpu"), {}
+    share = z.chunk(p.world, 1)[p.rank]
     for name in names:
         torch.manual_seed(0)
         quantizer = QUANTIZERS[name](replace(SMALL, quantizer=name, restart=0.4))
         quantizer.start(share[0])
         for step, batch in enumerate(share):
             quantizer.update(batch, nearest_code(batch, quantizer.codebook), step)
-        result[rank, name] = {k: v.numpy() for k, v in quantizer.state_dict().items()}
-    dist.destroy_process_group()
+        states |= {f"{name}.{k}": v for k, v in quantizer.state_dict().items()}
+    return p.gather(states)
 
 
 def test_two_processes_equal_one_with_the_doubled_batch():
     """Statistics, k-means start and restarts see the latents of all processes."""
-    z, names, one = torch.randn(10, 64, 4), ("ema", "st"), {}
-    update_codebooks(0, 1, free_port(), names, z, one)
-    with mp.get_context("spawn").Manager() as manager:
-        two = manager.dict()
-        mp.spawn(update_codebooks, (2, free_port(), names, z, two), nprocs=2)
-        for name in names:
-            for k, v in one[0, name].items():
-                assert torch.allclose(torch.from_numpy(v), torch.from_numpy(two[0, name][k]), atol=1e-5), (name, k)
-                assert (two[0, name][k] == two[1, name][k]).all(), (name, k)
+    z, names = torch.randn(10, 64, 4), ("ema", "st", "fixed")
+    (one,), (first, second) = update_codebooks(names, z), fork(2, update_codebooks, names, z)
+    for k, v in one.items():
+        assert torch.allclose(v, first[k], atol=1e-5) and first[k].equal(second[k]), k
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
