@@ -24,9 +24,8 @@ import torch
 from PIL import Image
 
 from minit2i.checkpoint import write_file
-from minit2i.contrast import mismatch
 from minit2i.data import BadEntry, crop, grid_image, open_rgb, parse_size, to_pil
-from minit2i.sample import PRETRAINED, Bar, Painter, SampleConfig, image_loss, text_loss
+from minit2i.sample import PRETRAINED, Bar, Painter, SampleConfig, code_losses
 from minit2i.train import add_flags, pick, pick_device, run, save_image
 
 
@@ -141,28 +140,7 @@ def known_codes(painter, args):
     return codes
 
 
-# --- scores and enlarging ------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def losses(painter, other, prompt, codes, batch):
-    """Loss of each of the codes (n, h, w), lower is better.
-
-    other: a captioner, for the caption's loss; two towers, for their mismatch; None, for the codes' own loss.
-    """
-    judge, out = other or painter, []
-    for part in codes.split(batch):
-        if judge.vq_hash != painter.vq_hash:
-            part = judge.vq.encode(painter.images(part))
-        c = judge.prior.cfg
-        if tuple(part.shape[1:]) != (c.grid_h, c.grid_w) or c.low or c.objective == "masked":
-            raise ValueError(
-                f"pictures of {part.shape[1]}x{part.shape[2]} codes cannot be scored with a {c.objective} prior of "
-                f"{c.grid_h}x{c.grid_w}" + (f" that enlarges {c.low} times" if c.low else "")
-            )
-        score = mismatch if c.objective == "contrast" else text_loss if other else image_loss
-        out.append(score(judge.prior, judge.ids([prompt] * len(part)), part.flatten(1)))
-    return torch.cat(out)
+# --- enlarging ------------------------------------------------------------------------------
 
 
 def enlarge(larger, painter, prompt, codes, cfg, args):
@@ -307,7 +285,7 @@ def main():
         for prompt, codes in painter.draw(todo(), many, known, None, args.batch, bar, frames, failed):
             scores = None
             if args.best_of:
-                loss = losses(painter, judge if args.rerank != "likelihood" else None, prompt, codes, args.batch)
+                loss = code_losses(painter, judge if args.rerank != "likelihood" else None, prompt, codes, args.batch)
                 codes, scores = codes[loss.argsort()[: cfg.n]], loss.sort().values.tolist()
             last = painter
             if larger:

@@ -2,6 +2,7 @@
 
 python -m minit2i.metrics scenes --model out/prior
 python -m minit2i.metrics recall --model out/prior --prompts emoji/compose --among emoji/train
+python -m minit2i.metrics rerank --model out/prior --n 16 --captioner out/captioner
 python -m minit2i.metrics tokenizer --model out/vq --images path/to/pictures
 python -m minit2i.metrics fid --real path/to/pictures --fake out/pictures --features out/vq
 
@@ -26,7 +27,7 @@ from minit2i.checkpoint import read_config, write_file
 from minit2i.data import BadEntry, DataConfig, Folder, crop, open_source, parse_size, to_pil
 from minit2i.fid import batches, features, fid, frechet, moments, pick_features, picture_set
 from minit2i.oracle import check_scene, score_scenes
-from minit2i.sample import PRETRAINED, Painter, SampleConfig, file_hash, load_vq
+from minit2i.sample import PRETRAINED, Painter, SampleConfig, code_losses, file_hash, load_vq
 from minit2i.scenes import CATEGORIES, caption, render, scene_at
 from minit2i.train import add_flags, pick, pick_device, run
 
@@ -140,6 +141,27 @@ def scene_accuracy(painter, cfg, n=500, batch=250, say=print):
     return table
 
 
+def reranking(painter, cfg, judges, n=50):
+    """Accuracy on seen scenes of the best of the first k of cfg.n pictures, for k 1, 4, 16, ... up to cfg.n.
+
+    judges: {name of a score: what it comes from, see sample.code_losses}; n: prompts of each category, evenly many.
+    Returns {name: {k: accuracy}}; "any" is how often one of the k is right, which no score can beat.
+    """
+    right, loss = [], {name: [] for name in judges}
+    for category in CATEGORIES:
+        prompts = scene_prompts(category, False, n)
+        for (text, codes), (_, claim, _) in zip(painter.draw([p[0] for p in prompts], cfg), prompts):
+            right.append([check_scene(to_pil(image), claim, category) for image in painter.images(codes)])
+            for name, judge in judges.items():
+                loss[name].append(code_losses(painter, judge, text, codes))
+    right, counts = torch.tensor(right).float(), [4**i for i in range(10) if 4**i <= cfg.n]
+    table = {"any": {k: float(right[:, :k].amax(1).mean()) for k in counts}}
+    for name, rows in loss.items():
+        best = {k: torch.stack(rows)[:, :k].argmin(1, keepdim=True).cpu() for k in counts}
+        table[name] = {k: float(right.gather(1, best[k]).mean()) for k in counts}
+    return table
+
+
 # --- a prior on captions that compose ----------------------------------------------------------------
 
 
@@ -223,7 +245,13 @@ def make_parser():
     compose.add_argument(
         "--ignore", default=r" with .*skin tone$", help="what of a caption is not the concept: a pattern"
     )
-    for command in (scenes, compose):
+    rerank = commands.add_parser(
+        "rerank", help="what choosing the best of --n pictures of a scene gains, by each score"
+    )
+    rerank.add_argument("--prompts_per_category", type=int, default=50)
+    rerank.add_argument("--captioner", help="a prior of --order image, for the loss of the caption (CapLoss)")
+    rerank.add_argument("--towers", help="a model of --objective contrast")
+    for command in (scenes, compose, rerank):
         command.add_argument(
             "--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]"
         )
@@ -252,9 +280,19 @@ def make_parser():
 
 
 def measure_prior(args):
-    """scenes, recall -> the record to write."""
-    painter, cfg = Painter(args.model, pick_device(args.device)), replace(pick(SampleConfig, args), n=1)
-    if args.command == "scenes":
+    """scenes, recall, rerank -> the record to write."""
+    device, cfg = pick_device(args.device), pick(SampleConfig, args)
+    painter, cfg = Painter(args.model, device), cfg if args.command == "rerank" else replace(cfg, n=1)
+    if args.command == "rerank":
+        judges = {"likelihood": None}
+        if args.captioner:
+            judges["caploss"] = Painter(args.captioner, device)
+        if args.towers:
+            judges["contrastive"] = Painter(args.towers, device, kind="contrast")
+        figures = reranking(painter, cfg, judges, args.prompts_per_category)
+        for name, row in figures.items():
+            print(f"{name:12}" + "".join(f" best of {k}: {accuracy:.1%} " for k, accuracy in row.items()))
+    elif args.command == "scenes":
         figures = scene_accuracy(painter, cfg, args.prompts_per_category)
         for row, scores in figures.items():
             print(f"{row:10}" + "".join(f" {name} {value:.1%} " for name, value in scores.items()))
@@ -296,7 +334,7 @@ def measure_pictures(args):
 
 def main():
     args = make_parser().parse_args()
-    record = (measure_prior if args.command in ("scenes", "recall") else measure_pictures)(args)
+    record = (measure_prior if args.command in ("scenes", "recall", "rerank") else measure_pictures)(args)
     if args.out:
         write_file(args.out, json.dumps(record | {"command": " ".join(sys.argv)}, indent=1) + "\n")
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minit2i.checkpoint import load_model, read_config
-from minit2i.contrast import Contrast
+from minit2i.contrast import Contrast, mismatch
 from minit2i.filters import SCHEDULES, draw, filtered, guide, scheduled
 from minit2i.gpt import GPT, Cache, GPTConfig
 from minit2i.masked import unmask
@@ -326,6 +326,27 @@ class Painter:
         with Bar(len(prompts), disable=not bar) as shown:
             for prompt, codes in self.draw(prompts, cfg, batch=batch, bar=shown if bar else None, **how):
                 yield prompt, torch.cat([self.images(part) for part in codes.split(batch)])
+
+
+@torch.inference_mode()
+def code_losses(painter, other, prompt, codes, batch=64):
+    """Loss of each of the codes (n, h, w) that painter drew for a prompt, lower is better -> (n,).
+
+    other: a captioner, for the caption's loss; two towers, for their mismatch; None, for the codes' own loss.
+    """
+    judge, out = other or painter, []
+    for part in codes.split(batch):
+        if judge.vq_hash != painter.vq_hash:
+            part = judge.vq.encode(painter.images(part))
+        c = judge.prior.cfg
+        if tuple(part.shape[1:]) != (c.grid_h, c.grid_w) or c.low or c.objective == "masked":
+            raise ValueError(
+                f"pictures of {part.shape[1]}x{part.shape[2]} codes cannot be scored with a {c.objective} prior of "
+                f"{c.grid_h}x{c.grid_w}" + (f" that enlarges {c.low} times" if c.low else "")
+            )
+        score = mismatch if c.objective == "contrast" else text_loss if other else image_loss
+        out.append(score(judge.prior, judge.ids([prompt] * len(part)), part.flatten(1)))
+    return torch.cat(out)
 
 
 class Bar(tqdm):

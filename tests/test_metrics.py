@@ -18,9 +18,11 @@ from minit2i import metrics
 from minit2i.checkpoint import save_model
 from minit2i.fid import Inception, Latents, features, fid, frechet, inception_score, moments, pick_features, picture_set
 from minit2i.metrics import psnr, ssim
+from minit2i.sample import SampleConfig
 from minit2i.scenes import render, scene_at
 from minit2i.train import save_image
 from minit2i.vq import VQ, VQConfig
+from test_train import call
 
 RNG = np.random.default_rng(0)
 
@@ -229,3 +231,33 @@ def test_fids_record_names_the_model_that_drew(vq, pictures, tmp_path, monkeypat
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="none of the 1 pictures can be read, 0.png"):
         command(monkeypatch, "fid", "--real", pictures / "a", "--fake", tmp_path, *common)
+
+
+def test_the_best_of_many_scenes_by_each_score(monkeypatch):
+    """Pictures 2 and 5 of seven are right: the score decides whether they are found, and how many are looked at."""
+
+    class Fake:
+        def draw(self, prompts, cfg):
+            return [(p, torch.arange(cfg.n)) for p in prompts]
+
+        def images(self, codes):
+            return codes
+
+    monkeypatch.setattr(metrics, "to_pil", int)
+    monkeypatch.setattr(metrics, "check_scene", lambda picture, claim, category: picture in (2, 5))
+    monkeypatch.setattr(metrics, "code_losses", lambda painter, judge, prompt, codes: judge(codes).float())
+    judges = {"last": torch.neg, "first": torch.abs, "third": lambda codes: (codes - 2).abs()}
+    table = metrics.reranking(Fake(), SampleConfig(n=7), judges, n=2)
+    assert table == {
+        "any": {1: 0.0, 4: 1.0},
+        "last": {1: 0.0, 4: 0.0},
+        "first": {1: 0.0, 4: 0.0},
+        "third": {1: 0.0, 4: 1.0},
+    }
+
+
+def test_the_rerank_command(tmp_path):
+    flags = "--n", 2, "--prompts_per_category", 1, "--device", "cpu"
+    call(metrics, "rerank", *flags, "--out", tmp_path / "rerank.json")
+    record = json.loads((tmp_path / "rerank.json").read_text())
+    assert set(record["figures"]) == {"any", "likelihood"} and set(record["figures"]["any"]) == {"1"}

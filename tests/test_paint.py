@@ -165,7 +165,7 @@ def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, cap
     prompt = "a red circle"
     codes = next(iter(painter.draw([prompt], SampleConfig(n=5))))[1]
     for rerank, flags, other in (("caploss", ("--captioner", captioner), judge), ("likelihood", (), None)):
-        loss = sample.losses(painter, other, prompt, codes, 2)
+        loss = sample.code_losses(painter, other, prompt, codes, 2)
         out = tmp_path / rerank
         draw("--model", prior, "--prompt", prompt, "--n", 2, "--best_of", 5, "--rerank", rerank, "--out", out, *flags)
         for i in range(2):
