@@ -75,7 +75,7 @@ def parse_recon(text):
     for term in text.split("+"):
         weight, _, name = term.rpartition("*")
         try:
-            terms[name.strip()] = float(weight or 1)
+            terms[name.strip()] = terms.get(name.strip(), 0) + float(weight or 1)
         except ValueError:
             name = ""
         if name.strip() not in RECON:

@@ -217,11 +217,16 @@ class Painter:
         model = (GPT if kind == "prior" else Contrast)(pick(GPTConfig, config["model"]))
         self.prior = load_model(folder, model).to(self.device, dtype).requires_grad_(False)
         self.vq = load_vq(Path(folder, "vq"), self.device)
-        own = self.vq.quantizer.codebook
+        own = self.vq.state_dict()
         if vq:
             self.vq = load_vq(vq, self.device)
-            other = self.vq.quantizer.codebook
-            if other.shape != own.shape or not torch.allclose(other, own, rtol=1e-2, atol=1e-3):  # float16 copies pass
+            other = self.vq.state_dict()
+
+            def same(a, b):  # float16 copies pass
+                return b is not None and a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-3)
+
+            stays = ("encoder.", "quantizer.codebook")  # the latter alone is alike in all of fsq
+            if not all(same(v, other.get(k)) for k, v in own.items() if k.startswith(stays)):
                 raise ValueError(f"the codes of {vq} are not those of {folder}; use one finetuned from its tokenizer")
         self.text = load_text(folder, config, self.device)
         self.hash = file_hash(Path(folder, "model.safetensors"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_vq
+from minit2i.checkpoint import read_config, save_model
 from minit2i.sample import Painter, load_vq
 from test_train import call, equal, pictures, prior, vq  # noqa: F401
 
@@ -81,3 +82,8 @@ def test_a_prior_draws_with_the_codes_it_learned_only(prior, pictures, tmp_path)
     )
     with pytest.raises(ValueError, match="the codes of .*other are not those of"):
         Painter(prior, vq=other)
+    own = load_vq(prior / "vq").state_dict()
+    moved = {k: v + 0.1 if k.startswith("encoder") else v for k, v in own.items()}
+    save_model(tmp_path / "moved", moved, read_config(prior / "vq"))  # as two of fsq: the same codebook, other codes
+    with pytest.raises(ValueError, match="the codes of .*moved are not those of"):
+        Painter(prior, vq=tmp_path / "moved")

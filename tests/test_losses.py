@@ -53,6 +53,7 @@ def test_logit_laplace_equals_the_formula_and_its_mean_is_the_picture():
 
 
 def test_sums_of_reconstruction_losses():
+    assert losses.parse_recon("l2+l1+l2") == {"l2": 2.0, "l1": 1.0}
     assert losses.parse_recon("l2 + 0.1*logit_laplace") == {"l2": 1.0, "logit_laplace": 0.1}
     for bad in ("l3", "", "x*l1", "l1+"):
         with pytest.raises(ValueError, match="use l1, l2, logit_laplace, or a sum"):
