@@ -101,12 +101,12 @@ def smooth(points, width):
 
 
 def plot(curves, title, width=560, height=340):
-    """{label: [(x, y)]} -> a PIL image with a legend; the first tenth of all points may leave it at the top."""
+    """{label: [(x, y)]} -> a PIL image with a legend; the first tenth of a curve may leave it at the top."""
     image = Image.new("RGB", (width, height), "white")
     draw, x0, y0, x1, y1 = ImageDraw.Draw(image), 56, height - 28, width - 12, 24
-    ys = sorted(y for points in curves.values() for _, y in points)
+    low = min(y for points in curves.values() for _, y in points)
+    top = max(y for points in curves.values() for _, y in points[len(points) // 10 :])
     last = max(x for points in curves.values() for x, _ in points)
-    low, top = ys[0], ys[int(0.95 * (len(ys) - 1))]
 
     def at(x, y):
         return x0 + (x1 - x0) * x / max(last, 1), y0 + (y1 - y0) * min(1.0, (y - low) / max(top - low, 1e-9))
@@ -135,6 +135,8 @@ def train(script, flags, out):
 def row_of(name, records):
     """One run's log -> its line of the table."""
     training, last = [r for r in records if "recon" in r], [r for r in records if "val_psnr" in r][-1]
+    if not training:
+        raise ValueError(f"{name} logged no loss; use a --log_every not above --steps, and another --out")
     loss = statistics.mean(r["recon"] for r in training[-max(1, len(training) // 10) :])
     speed = statistics.median(r["images_per_s"] for r in training)
     return (
@@ -169,7 +171,9 @@ def main():
     )
     parser.add_argument("--out", required=True, help="folder of all runs, the table and the curves")
     parser.add_argument("--vary", default="quantizer", help="the flag of train_vq.py that differs [quantizer]")
-    parser.add_argument("--values", default=",".join(QUANTIZERS), help=f"its values [{','.join(QUANTIZERS)}]")
+    parser.add_argument(
+        "--values", default=",".join(QUANTIZERS), help=f"its values; on,off for a switch [{','.join(QUANTIZERS)}]"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each value [1]")
     args, rest = parser.parse_known_args()
     folders = {}
@@ -177,7 +181,8 @@ def main():
         for value in args.values.split(","):
             name = value if args.seeds == 1 else f"{value}, seed {seed}"
             folders[name] = Path(args.out, f"{value}-{seed}")
-            train("train_vq.py", [f"--{args.vary}", value, "--seed", str(seed), *rest], folders[name])
+            flag = {"on": [f"--{args.vary}"], "off": [f"--no-{args.vary}"]}.get(value, [f"--{args.vary}", value])
+            train("train_vq.py", [*flag, "--seed", str(seed), *rest], folders[name])
     print(report(args.out, args.vary, folders))
 
 

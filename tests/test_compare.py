@@ -56,6 +56,20 @@ def test_a_comparison_trains_tabulates_and_goes_on(pictures, tmp_path, monkeypat
 
 
 def test_a_failed_run_of_a_comparison_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda command: calls.append(command) or SimpleNamespace(returncode=1))
     with pytest.raises(ValueError, match="the run .*ema-0 failed"):
         call(compare, "--out", tmp_path)
+    with pytest.raises(ValueError, match="the run .*off-0 failed"):
+        call(compare, "--out", tmp_path, "--vary", "l2_norm", "--values", "off,on")
+    assert calls[1][2:4] == ["--no-l2_norm", "--seed"]
+    with pytest.raises(ValueError, match="st logged no loss; use a --log_every"):
+        compare.row_of("st", [{"step": 4, "val_psnr": 9.0}])
+
+
+def test_a_rising_curve_is_not_cut():
+    """The last point alone is at the top; a loss's first ones may be."""
+    image = np.asarray(compare.plot({"": [(x, float(x)) for x in range(40)]}, "").convert("L"))
+    assert (image[24, 300:537] == 255).all() and image[24, 545:550].min() < 255
+    falling = compare.plot({"": [(x, 1e3 if x < 4 else 40.0 - x) for x in range(40)]}, "")
+    assert (np.asarray(falling.convert("L"))[168, 300:360] < 255).any(), "half of the height is for what comes later"
