@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from minit2i.parallel import processes, reduce_sum
 from minit2i.train import make_optimizer, optimizer_step
 
 
@@ -179,11 +179,7 @@ def adaptive_weight(recon, adversarial, weight, scale=1.0, delta=1e-6):
 
     def norm(loss):
         (g,) = torch.autograd.grad(scale * loss, weight, retain_graph=True)
-        g = g.float() / scale
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(g)
-            g = g / dist.get_world_size()
-        return g.norm()
+        return (reduce_sum(g.float() / scale) / processes()[1]).norm()
 
     return (norm(recon) / (norm(adversarial) + delta)).clamp(max=1e4).detach()
 

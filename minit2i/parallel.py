@@ -18,6 +18,20 @@ from torch.utils.checkpoint import checkpoint
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def processes():
+    """(rank, number) of the processes that train together; (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def reduce_sum(x):
+    """Sum over all processes, in place; nothing to do for one process."""
+    if processes()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def blocks(model):
     """The elements of a model's ModuleLists, inner ones first: what is sharded, and recomputed, as a unit."""
     return [block for m in reversed(list(model.modules())) if isinstance(m, nn.ModuleList) for block in m]

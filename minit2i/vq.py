@@ -16,13 +16,13 @@ from itertools import combinations_with_replacement
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
 from minit2i.backbones import BACKBONES, HALO, WDSR, is_local, reach, tiled
 from minit2i.losses import laplace_picture
+from minit2i.parallel import processes, reduce_sum
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,6 @@ def nearest_code(z, codebook, most=2**22):
         norm = codebook.square().sum(1)  # (V,)
         parts = z.split(max(1, most // len(codebook)))
         return torch.cat([torch.addmm(norm, part, codebook.t(), alpha=-2).argmin(1) for part in parts])
-
-
-def processes():
-    """(rank, number) of the processes that train together; (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def reduce_sum(x):
-    """Sum over all processes, in place; nothing to do for one process."""
-    if processes()[1] > 1:
-        dist.all_reduce(x)
-    return x
 
 
 def pick_rows(z, index):
