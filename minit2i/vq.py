@@ -151,17 +151,25 @@ class Quantizer(nn.Module):
         """Sum of the latents of all processes that chose each code: z (N, C), codes (N,) -> (V, C)."""
         return reduce_sum(torch.zeros_like(self.codebook).index_add_(0, codes, z))
 
+    def finite(self, z):
+        """Latents (N, C) as the codebook sees them, and which are good (N,), 1 or 0: the others become zero.
+
+        A step that overflows in float16 is skipped; it must not reach the codebook.
+        """
+        z = self.norm(z)
+        good = z.isfinite().all(1)
+        return torch.where(good[:, None], z, 0), good.float()
+
     @torch.no_grad()
     def start(self, z, iterations=10):
         """k-means on z (N, C); a centre that nothing chooses moves to a latent far from all."""
-        z = self.norm(z)
-        all_good, v = torch.ones_like(z[:, 0]), len(self.codebook)
-        self.codebook.copy_(reduce_sum(z.sum(0)) / (len(z) * processes()[1]))  # all at the mean
-        self.codebook.copy_(self.draw(z, torch.zeros_like(all_good, dtype=torch.long), all_good, v, step=0))
+        (z, good), v = self.finite(z), len(self.codebook)
+        self.codebook.copy_(reduce_sum(z.sum(0)) / reduce_sum(good.sum()).clamp_min(1))  # all at the mean
+        self.codebook.copy_(self.draw(z, torch.zeros_like(good, dtype=torch.long), good, v, step=0))
         for i in range(iterations):
             codes = nearest_code(z, self.codebook)
-            count = self.count(codes, all_good)
-            fresh = self.draw(z, codes, all_good, v, i)
+            count = self.count(codes, good)
+            fresh = self.draw(z, codes, good, v, i)
             centre = torch.where(count[:, None] > 0, self.sums(z, codes) / count.clamp_min(1)[:, None], fresh)
             self.place(count.new_ones(v, dtype=torch.bool), self.norm(centre), count.clamp_min(1))
 
@@ -176,10 +184,7 @@ class Quantizer(nn.Module):
 
         z (N, C), codes (N,); step: the training step, which seeds the restarts.
         """
-        z = self.norm(z)
-        good = z.isfinite().all(1)  # a step that overflows in float16 is skipped; it must not reach the codebook
-        z = torch.where(good[:, None], z, 0)
-        good = good.float()
+        z, good = self.finite(z)
         self.ema_count.lerp_(self.count(codes, good), 1 - self.cfg.decay)
         self.learn(z, codes, good, step)
 
