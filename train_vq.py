@@ -111,17 +111,43 @@ def evaluate(model, pictures, n, batch, p, precision):
     return values | {"code_use": use, "val_perplexity": perplexity}, skipped, shown
 
 
-def main():
-    # --- configuration, processes, data ---
-    model_cfg, data_cfg, cfg = parse_flags(__doc__, VQConfig, DataConfig, VQTrainConfig)
-    resumed, frozen = cfg.resume and has_state(cfg.out), bool(cfg.finetune_decoder or cfg.super_resolution)
+def check_flags(model_cfg, cfg, laplace):
+    """ValueError for flags that do not go together."""
     if sum(map(bool, (cfg.init, cfg.finetune_decoder, cfg.super_resolution))) > 1:
         raise ValueError("use one of --init, --finetune_decoder and --super_resolution at a time")
     if model_cfg.upscale > 1 and not cfg.super_resolution:
         raise ValueError("--upscale needs --super_resolution, the folder of a tokenizer that is trained already")
-    laplace = "logit_laplace" in parse_recon(cfg.recon)
     if laplace and cfg.super_resolution:
         raise ValueError("--super_resolution draws pictures, not distributions; use --recon l1 or l2")
+
+
+def gradients(forward, model, objective, parts, frozen, cfg, p, precision, scaler, step):
+    """Backward passes over the parts of a batch -> latents (N, C), codes (N,), {name: mean of a loss over the parts}."""
+    latents, codes, sums = [], [], {}
+    for k, images in enumerate(parts):
+        last = k == cfg.accum - 1
+        forward.require_backward_grad_sync = last
+        with autocast(p.device, precision):
+            maps, z, c, quantizer_loss = forward(shrink(images, model.cfg.upscale), None if frozen else step)
+            picture = model.picture(maps)
+            loss, values = objective(maps, picture, images, model.last_weight, step, scaler.get_scale())
+        loss = loss + quantizer_loss.float()
+        scaler.scale(loss / cfg.accum).backward()
+        values |= {"loss": loss.detach(), "mse": (picture.detach() - images).square().mean()}
+        if objective.playing(step):
+            with autocast(p.device, precision):
+                values["disc_loss"] = objective.adversary.judge(images, picture, cfg.accum, last)
+        sums = {name: sums.get(name, 0.0) + v / cfg.accum for name, v in values.items()}
+        latents.append(z), codes.append(c)
+    return torch.cat(latents), torch.cat(codes), sums
+
+
+def main():
+    # --- configuration, processes, data ---
+    model_cfg, data_cfg, cfg = parse_flags(__doc__, VQConfig, DataConfig, VQTrainConfig)
+    resumed, frozen = cfg.resume and has_state(cfg.out), bool(cfg.finetune_decoder or cfg.super_resolution)
+    laplace = "logit_laplace" in parse_recon(cfg.recon)
+    check_flags(model_cfg, cfg, laplace)
     if not cfg.super_resolution:
         model_cfg = replace(model_cfg, maps=6 if laplace else 3)
     if cfg.init:
@@ -210,24 +236,10 @@ def main():
         if step == model.quantizer.first_step and not cfg.base:
             with torch.no_grad(), autocast(p.device, precision):
                 model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in parts]))
-        latents, codes, sums = [], [], {}  # sums: name -> mean over the parts, for the log
-        for k, images in enumerate(parts):
-            forward.require_backward_grad_sync = k == cfg.accum - 1
-            with autocast(p.device, precision):
-                maps, z, c, quantizer_loss = forward(shrink(images, model_cfg.upscale), None if frozen else step)
-                picture = model.picture(maps)
-                loss, values = objective(maps, picture, images, model.last_weight, step, scaler.get_scale())
-            loss = loss + quantizer_loss.float()
-            scaler.scale(loss / cfg.accum).backward()
-            values |= {"loss": loss.detach(), "mse": (picture.detach() - images).square().mean()}
-            if objective.playing(step):
-                with autocast(p.device, precision):
-                    values["disc_loss"] = objective.adversary.judge(images, picture, cfg.accum, k == cfg.accum - 1)
-            sums = {name: sums.get(name, 0.0) + v / cfg.accum for name, v in values.items()}
-            latents.append(z), codes.append(c)
+        latents, codes, sums = gradients(forward, model, objective, parts, frozen, cfg, p, precision, scaler, step)
         norm = optimizer_step(model, optimizer, scaler, cfg, step)
         if not frozen:
-            model.quantizer.update(torch.cat(latents), torch.cat(codes), step)
+            model.quantizer.update(latents, codes, step)
         ema.update(model, step)
         if objective.playing(step):
             objective.adversary.step(step)

@@ -174,26 +174,21 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for name, value, text in (
-        ("out", None, "folder of the rows, the table, the curves and the pictures"),
-        ("data", "scenes", "as in both scripts: scenes, a folder or shards"),
-        ("recipes", ",".join(RECIPES), "the rows"),
-        ("size", 64, "side of the pictures"),
-        ("n_codes", 1024, "codebook size"),
-        ("vocab_size", 512, "tokens of the text model"),
-        ("vq_params", 500_000, "parameters of each tokenizer"),
-        ("prior_params", 1_000_000, "parameters of each prior"),
-        ("vq", "", "further flags of train_vq.py, as one string"),
-        ("prior", "", "further flags of train_prior.py, as one string"),
-        ("compose", "", "folder of captioned pictures for the recall (see metrics.py)"),
-        ("prompts_per_category", 100, "of scenes, to measure accuracy"),
-        ("seed", 0, "seed of everything random"),
-        ("device", "auto", "auto, cpu, cuda, mps"),
-    ):
-        shown = "" if value in (None, "") else f" [{value}]"
-        parser.add_argument(
-            f"--{name}", type=type(value or ""), default=value, required=value is None, help=text + shown
-        )
+    add = parser.add_argument
+    add("--out", required=True, help="folder of the rows, the table, the curves and the pictures")
+    add("--data", default="scenes", help="as in both scripts: scenes, a folder or shards [scenes]")
+    add("--recipes", default=",".join(RECIPES), help=f"the rows [{','.join(RECIPES)}]")
+    add("--size", type=int, default=64, help="side of the pictures [64]")
+    add("--n_codes", type=int, default=1024, help="codebook size [1024]")
+    add("--vocab_size", type=int, default=512, help="tokens of the text model [512]")
+    add("--vq_params", type=int, default=500_000, help="parameters of each tokenizer [500000]")
+    add("--prior_params", type=int, default=1_000_000, help="parameters of each prior [1000000]")
+    add("--vq", default="", help="further flags of train_vq.py, as one string")
+    add("--prior", default="", help="further flags of train_prior.py, as one string")
+    add("--compose", default="", help="folder of captioned pictures for the recall (see metrics.py)")
+    add("--prompts_per_category", type=int, default=100, help="of scenes, to measure accuracy [100]")
+    add("--seed", type=int, default=0, help="seed of everything random [0]")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()
     names = args.recipes.split(",")
     for name in names:
