@@ -37,7 +37,7 @@ class SampleConfig:
     """How codes are drawn; every value is written into the pictures."""
 
     n: Annotated[int, "pictures of each prompt"] = 4
-    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 1.5
+    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 1.25
     cfg_schedule: Annotated[
         str, "guidance over the codes or steps; auto: rising for masked priors, else constant", ("auto", *SCHEDULES)
     ] = "auto"

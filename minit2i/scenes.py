@@ -6,9 +6,9 @@ The six categories are GenEval's (arXiv:2310.11513), with shapes in place of COC
 
 Coordinates: x to the right and y downward as fractions of the picture's width and height; r as a fraction
 of its short side, so one scene can be drawn in any proportion.  Centres lie on a grid of STEP and radii are one of
-two: at 64 pixels and stride 8 an object has the same few patches wherever it stands, and a small prior learns
-sooner what captions mean.  The price: a `--patchwise` tokenizer then has a code for each patch, and a HELD_OUT pair
-would need codes that training never used (README, "What is normal?").
+two: an object has the same few patches wherever it stands, and a small prior learns sooner what captions mean.  The
+price: what a `--patchwise` tokenizer has a code for belongs to few shapes, and a HELD_OUT pair would need codes that
+training hardly used so (README, "What is normal?").
 Everything is a pure function of its rng.
 Measured on one core at 64x64: 0.07 ms to draw a scene, 0.02 ms to say it, 0.08 ms to render it.
 """
