@@ -118,7 +118,7 @@ def test_places_are_drawn_once_in_the_scheduled_numbers_and_known_ones_never_cha
 
 
 def test_pictures_are_a_function_of_the_seed_and_not_of_the_batch(model, text):
-    cfg = SampleConfig(n=3, seed=5, steps=6)
+    cfg = SampleConfig(n=3, seed=5, steps=6, cfg_scale=3.0)
     together = unmask(model, text, EMPTY, cfg)
     assert together.equal(torch.cat([unmask(model, t[None], EMPTY, cfg) for t in text]))
     assert unmask(model, text[:1], EMPTY, replace(cfg, n=1, seed=6))[0].equal(together[1])

@@ -7,11 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_prior
+from minit2i.checkpoint import save_model
 from minit2i.gpt import GPT, SIZES, GPTConfig
 from minit2i.lm import LM_SHAPE, save_lm
 from minit2i.plan import activation_bytes, n_params, plan, training_flops
 from minit2i.tokens import Text
 from minit2i.train import parse_flags
+from minit2i.vq import VQ, VQConfig
 from train_prior import DataConfig, PriorTrainConfig
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, text_len=5, n_vocab=11, n_codes=7, grid_h=3, grid_w=4)
@@ -97,8 +99,13 @@ def test_a_plan_with_a_text_encoder_or_a_language_model(tmp_path, capsys, monkey
     (t5 / "config.json").write_text('{"d_model": 12}')
     parsed = []
     monkeypatch.setattr(train_prior, "plan", lambda cfg, *_: parsed.append(cfg) or [])
-    for flags in (["--text_encoder", t5], ["--init_lm", lm]):
-        argv = ["train_prior.py", "--out", "x", "--vq", tmp_path, "--plan", 1, "--model_size", "dalle-12b", *flags]
+    vq, none = VQConfig(stride=8, ch=8, n_codes=16), tmp_path / "none"
+    save_model(tmp_path, VQ(vq).state_dict(), {"kind": "vq", "model": asdict(vq), "data": {"size": "16"}})
+    for flags in (
+        ["--text_encoder", t5, "--vq", none, "--model_size", "dalle-12b"],
+        ["--init_lm", lm, "--vq", tmp_path],
+    ):
+        argv = ["train_prior.py", "--out", "x", "--plan", 1, *flags]
         monkeypatch.setattr("sys.argv", list(map(str, argv)))
         train_prior.main()
     assert (parsed[0].n_states, parsed[0].n_vocab, parsed[0].text_loss) == (12, 0, False)
