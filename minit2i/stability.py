@@ -162,7 +162,7 @@ def main():
         took = time.perf_counter() - start
         print(f"| {name:27} | {len(losses)} | {skipped} | {place or 'nothing'} | {last:.2f} | {took:.0f} |", flush=True)
         results[name] = losses, place, skipped
-    save_image(args.out, plot(results, args.steps), settings=vars(args))
+    save_image(args.out, plot(results, args.steps), settings={k: v for k, v in vars(args).items() if k != "out"})
     print(f"{args.out} holds the curves")
 
 
