@@ -8,8 +8,8 @@ Every recipe (recipes.py) is trained with its paper's choices; only widths chang
 A row is the folder OUT/RECIPE: vq, prior, pictures.png and row.json (figures, settings, model hash, flags).  A finished row
 is not run again, a stopped one goes on; table.md, curves.png and pictures.png are drawn from the rows there are.
 
-Not as published: muse without --text_encoder learns its text embedding, lm without --init_lm starts at random, and parti's
-text encoder is not pre-trained.  The validation loss of muse is of hidden codes and compares with no other.
+Not as published: muse without --text_encoder learns its text embedding, lm starts at random (a language model would bring
+its own width), and parti's text encoder is not pre-trained.  The validation loss of muse is of hidden codes and compares with no other.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from minit2i.data import DataConfig, grid_image, split
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.metrics import recall, scene_accuracy
 from minit2i.recipes import RECIPES, defaults
-from minit2i.sample import Painter, SampleConfig
-from minit2i.train import pick_device, read_log, run, save_image
+from minit2i.sample import Painter, SampleConfig, file_hash
+from minit2i.train import add_flags, pick, pick_device, read_log, run, save_image
 from minit2i.vq import VQ, VQConfig
 
 N_HEAD = 4  # of all priors, so that widths may be multiples of 8
@@ -62,14 +62,22 @@ def fit(build, rows, target):
     raise ValueError(f"no width gives {build.__name__} within 10 % of {target} parameters; the nearest has {nearest}")
 
 
+def asked_for(config, name, flags):
+    """A recipe's model config, with what --vq or --prior say of it."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser, config)
+    parser.set_defaults(**defaults(name, (config,)))
+    return pick(config, parser.parse_known_args(shlex.split(flags))[0])
+
+
 def widths(name, args):
     """Recipe -> the flags that give its tokenizer and its prior the wanted numbers of parameters."""
-    vq = VQConfig(**defaults(name, (VQConfig,)) | {"n_codes": args.n_codes})
+    vq = replace(asked_for(VQConfig, name, args.vq), n_codes=args.n_codes)
     depths = sorted(range(1, 9), key=lambda n: abs(n - vq.n_res))  # the recipe's own, if it can be
     vq = fit(VQ, [[replace(vq, ch=ch, n_res=n) for ch in range(4, 257, 4)] for n in depths], args.vq_params)
     shape = dict(n_head=N_HEAD, n_codes=args.n_codes, n_vocab=args.vocab_size)
     shape |= dict(grid_h=args.size // vq.stride, grid_w=args.size // vq.stride)
-    gpt = GPTConfig(**defaults(name, (GPTConfig,)) | shape)
+    gpt = replace(asked_for(GPTConfig, name, args.prior), **shape)
     gpt = fit(GPT, [[replace(gpt, n_embd=width) for width in range(64, 1025, 8)]], args.prior_params)
     return {"ch": vq.ch, "n_res": vq.n_res}, {"n_embd": gpt.n_embd, "n_head": N_HEAD}
 
@@ -77,9 +85,9 @@ def widths(name, args):
 # --- a row -------------------------------------------------------------------------------------------
 
 
-def hours(folder, work, rate):
+def minutes(folder, work, rate):
     """Time of a training without its evaluations: work over the median of the logged rates."""
-    return work / statistics.median(r[rate] for r in read_log(folder / "log.jsonl") if rate in r) / 3600
+    return work / statistics.median(r[rate] for r in read_log(folder / "log.jsonl") if rate in r) / 60
 
 
 def seconds_a_picture(painter, prompt, cfg, times=3):
@@ -115,8 +123,8 @@ def measure(folder, prompts, args):
         figures |= {"own picture, %": 100 * found["own"], "right concept, %": 100 * found["concept"]}
     pictures = said["vq"]["steps"] * said["vq"]["batch_size"]
     tokens = said["prior"]["steps"] * said["prior"]["batch_size"] * painter.prior.cfg.length
-    figures["training tokenizer, h"] = hours(parts["vq"], pictures, "images_per_s")
-    figures["training prior, h"] = hours(parts["prior"], tokens, "tokens_per_s")
+    figures["training tokenizer, min"] = minutes(parts["vq"], pictures, "images_per_s")
+    figures["training prior, min"] = minutes(parts["prior"], tokens, "tokens_per_s")
     figures["seconds a picture"] = seconds_a_picture(painter, prompts[0], cfg)
     images = torch.cat([images for _, images in painter.paint(prompts, cfg)])
     save_image(folder / "pictures.png", grid_image(images.cpu(), len(images)), prompts=json.dumps(prompts))
@@ -141,6 +149,11 @@ def make_row(name, folder, prompts, args):
         return row
     for script, part, line in zip(("train_vq.py", "train_prior.py"), ("vq", "prior"), lines):
         train(script, line, folder / part)
+    learned, now = (file_hash(folder / part / "model.safetensors") for part in ("prior/vq", "vq"))
+    if learned != now:
+        raise ValueError(
+            f"{folder / 'prior'} goes on with the codes that {folder / 'vq'} had before; use another --out"
+        )
     row = measure(folder, prompts, args) | {"asked": asked}
     write_file(path, json.dumps(row, indent=1) + "\n")
     return row

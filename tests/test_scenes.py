@@ -34,9 +34,8 @@ def pairs(scene):
 
 def jpeg(image):
     file = io.BytesIO()
-    image.save(
-        file, "JPEG", quality=85
-    )  # at 75, 98.3 % of 1,200 are read right: small pink or cyan shapes on gray blur
+    # at 75, 98.3 % of 1,200 are read right: small pink or cyan shapes blur into gray
+    image.save(file, "JPEG", quality=85)
     return Image.open(file)
 
 

@@ -16,7 +16,9 @@ from minit2i.recipes import RECIPES, defaults
 from minit2i.vq import VQ, VQConfig
 from test_train import call, pictures  # noqa: F401
 
-SIZE = SimpleNamespace(size=64, n_codes=1024, vocab_size=512, vq_params=500_000, prior_params=1_000_000)
+SIZE = SimpleNamespace(
+    size=64, n_codes=1024, vocab_size=512, vq_params=500_000, prior_params=1_000_000, vq="", prior=""
+)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -28,6 +30,15 @@ def test_systems_have_the_same_number_of_parameters(name):
         prior = GPT(GPTConfig(**defaults(name, (GPTConfig,)) | of_prior | shape))
     for model, target in ((vq, SIZE.vq_params), (prior, SIZE.prior_params)):
         assert abs(sum(w.numel() for w in model.parameters()) / target - 1) <= 0.1
+
+
+def test_further_flags_count(monkeypatch):
+    """Stride 4 has fewer layers, so it gets wider ones; a deeper prior gets narrower."""
+    plain, more = (
+        systems.widths("cogview", SimpleNamespace(**vars(SIZE) | flags))
+        for flags in ({}, {"vq": "--stride 4 --steps 9", "prior": "--n_layer 12 --lr 1"})
+    )
+    assert more[0]["ch"] > plain[0]["ch"] and more[1]["n_embd"] < plain[1]["n_embd"]
 
 
 def test_a_number_of_parameters_that_cannot_be_is_refused():
@@ -67,6 +78,8 @@ def test_rows_are_trained_once_measured_and_put_side_by_side(pictures, tmp_path,
     assert sheet.height == 2 * 16 and len(json.loads(sheet.text["prompts"])) >= 1
     call(systems, *flags, "--recipes", "taming", "--prior", f"{small} --steps 3 --cache {tmp_path / 'cache'}")
     assert len(trained) == 6 and "from step 2 to 3" in capsys.readouterr().out, "other flags: it goes on"
+    with pytest.raises(ValueError, match="goes on with the codes that .*vq had before; use another --out"):
+        call(systems, *flags, "--recipes", "taming", "--vq", f"{small} --steps 4 --perceptual 0 --gan 0")
 
 
 def test_an_unknown_recipe_is_refused(tmp_path):
