@@ -25,14 +25,13 @@ from PIL import Image
 
 from minit2i.checkpoint import write_file
 from minit2i.data import BadEntry, crop, grid_image, open_rgb, parse_size, to_pil
+from minit2i.flags import add_flags, new_parser, pick
 from minit2i.sample import PRETRAINED, Bar, Painter, SampleConfig, code_losses
-from minit2i.train import add_flags, pick, pick_device, run, save_image
+from minit2i.train import pick_device, run, save_image
 
 
 def flags():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]")
     add("--vq", default="", help="decode with this tokenizer: a finetuned or enlarging one of the same codes")

@@ -10,6 +10,7 @@
     python train_prior.py --init out/prior --size 128 --low 2 ...        token super-resolution
 """
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,36 +18,22 @@ from typing import Annotated
 
 import torch
 
-from minit2i.checkpoint import has_state, load_model, load_state, read_config, save_run, write_file
+from minit2i.backbones import shrink
+from minit2i.checkpoint import load_model, load_state, read_config, save_run, write_file
 from minit2i.contrast import Contrast, evaluate_towers, fit_encoder
-from minit2i.data import BadEntry, DataConfig, Skipped, StepSampler, grid_image, make_loader, parse_size, split
+from minit2i.data import BadEntry, DataConfig, Skipped, grid_image, parse_size, split, step_batches
+from minit2i.flags import parse_flags, pick
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, SIZES, GPTConfig, fit_grid
 from minit2i.lm import LM_SHAPE, in_shape, lm_text, load_lm, read_text, save_lm, text_windows
 from minit2i.masked import hide_each
-from minit2i.parallel import parallelize, sync_gradients, unsharded
-from minit2i.plan import plan
-from minit2i.sample import SampleConfig, draw_codes, file_hash, load_vq, shrink, write_captions
+from minit2i.parallel import DTYPES, parallelize, sync_gradients, unsharded
+from minit2i.plan import say_plan
+from minit2i.sample import SampleConfig, draw_codes, file_hash, load_vq, write_captions
 from minit2i.t5 import T5Text
 from minit2i.tokens import CodeCache, Coded, Crops, Text
-from minit2i.train import (
-    EMA,
-    Log,
-    Processes,
-    TrainConfig,
-    autocast,
-    make_optimizer,
-    optimizer_step,
-    parse_flags,
-    pick,
-    pick_device,
-    pick_precision,
-    plot_log,
-    run,
-    save_image,
-    seed_step,
-    steps,
-)
+from minit2i.train import EMA, Log, Processes, TrainConfig
+from minit2i.train import make_optimizer, n_params, optimizer_step, run, seed_step, steps
 
 
 @dataclass(frozen=True)
@@ -92,221 +79,13 @@ class PriorTrainConfig(TrainConfig):
         return SIZES.get(self.model_size, {})
 
 
-def collate(samples):
-    """[(ids, codes, low, cut)] -> text (B, T), codes (B, N), low-resolution codes (B, M), number of captions cut."""
-    text, codes, low, cut = zip(*samples)
-    return torch.stack(text), torch.stack(codes), torch.stack(low), sum(cut)
+# --- what goes together --------------------------------------------------------------------------------
 
 
-def train_text(source, indices, vocab_size, most=50_000):
-    """A SentencePiece model on at most `most` entries' captions, evenly spaced over the training set."""
-
-    def captions():
-        for i in indices[:: -(-len(indices) // most)]:
-            try:
-                yield from source.captions(int(i))
-            except BadEntry:
-                pass
-
-    return Text.train(captions(), vocab_size)
-
-
-def all_captions(*sets):
-    """The captions of sets (source, indices), as far as they can be read."""
-    captions = []
-    for source, indices in sets:
-        for i in indices:
-            try:
-                captions += source.captions(int(i))
-            except BadEntry:
-                pass
-    return captions
-
-
-def read_captions(out, cfg, length, sets, p, precision):
-    """What turns captions into text ids or, with --text_encoder, into states that are in the cache from now on."""
-    if not cfg.text_encoder:
-        return Text((out / "text.model").read_bytes(), length)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    text = T5Text(cfg.text_encoder, length, p.device, dtype)
-    text.remember(all_captions(*sets), cfg.cache, p)
-    return text
-
-
-def code_cache(crops, cfg, vq, vq_hash, p, precision, low=0):
-    """The codes of a set's crops, shrunk low times if not 0, encoded now if they are not in the cache yet."""
-    folder = Path(cfg.cache, f"codes-{vq_hash}-{crops.digest()}" + (f"-low{low}" if low else ""))
-    if any(p.gather(not folder.exists())):
-        height, width = (s // max(1, low) for s in crops.pictures.size)
-
-        def encode(images):
-            with autocast(p.device, precision):
-                return vq.encode(shrink(images.to(p.device), low) if low else images.to(p.device))
-
-        CodeCache.build(folder, crops, encode, vq.grid(height, width), vq.cfg.n_codes, p)
-    return CodeCache(folder)
-
-
-@torch.no_grad()
-def evaluate(model, coded, n, batch, p, precision):
-    """First n validation pictures -> text and image loss per token, in nats; a masked model's over fixed masks."""
-    sums = [0.0, 0, 0.0, 0]
-    mine = list(range(min(n, len(coded))))[p.rank :: p.world]
-    for first in range(0, -(-min(n, len(coded)) // p.world), batch):
-        some = mine[first : first + batch]
-        rows = some or [0]  # a sharded model needs all processes in every pass
-        text, codes, low, _ = collate([coded[i] for i in rows])
-        shown, n_image = None, codes.numel()
-        if model.masked:
-            shown = hide_each(codes, rows)
-            n_image = int((shown < 0).sum())
-        with autocast(p.device, precision):
-            text_loss, image_loss = model(*(x if x is None else x.to(p.device) for x in (text, codes, low, shown)))
-        if some:
-            n_text = int(model.n_text_targets(text))
-            sums = [a + float(b) for a, b in zip(sums, (text_loss, n_text, image_loss, n_image))]
-    sums = p.sum(sums)
-    return sums[0] / max(1, sums[1]), sums[2] / sums[3]
-
-
-def draw_samples(model, vq, text, prompts, some, cfg, device):
-    """Two pictures for each of some validation captions, as one sheet, a column a caption -> sheet, captions.
-
-    some: the validation samples of the prompts, collated.  A captioner is shown their pictures instead, and the
-    captions are its own.
-    """
-    ids, codes, low, _ = (x.to(device) if torch.is_tensor(x) else x for x in some)
-    grid, settings = (model.cfg.grid_h, model.cfg.grid_w), SampleConfig(n=2, seed=cfg.seed)
-    if model.cfg.order == "image":
-        settings = replace(settings, n=1, temperature=0.0)
-        ids = write_captions(model, codes, text.sp.bos_id(), text.sp.eos_id(), settings)
-        return grid_image(vq.decode(codes.view(-1, *grid)), len(codes)), [text.decode(row) for row in ids]
-    low = low.repeat_interleave(2, 0) if low.shape[1] else None
-    codes = draw_codes(model, ids, text.encode("").to(device), settings, None, low)
-    images = vq.decode(codes.view(-1, *grid))
-    return grid_image(images.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1), len(prompts)), prompts
-
-
-def say_plan(model_cfg, data_cfg, cfg):
-    """Print --plan: with the tokenizer in --vq if there is one, else with the codes of a paper's size."""
-    if cfg.plan < 0 or cfg.peak_tflops <= 0 or cfg.mfu <= 0:
-        raise ValueError(
-            f"--plan {cfg.plan}, --peak_tflops {cfg.peak_tflops:g}, --mfu {cfg.mfu:g}: each must be above 0"
-        )
-    n_vocab = cfg.vocab_size
-    if cfg.init_lm:
-        model_cfg = in_shape(model_cfg, cfg.init_lm)
-        n_vocab = Text(lm_text(cfg.init_lm), model_cfg.text_len).n_vocab
-    if cfg.text_encoder:
-        model_cfg, n_vocab = replace(model_cfg, n_vocab=0, n_states=read_config(cfg.text_encoder)["d_model"]), 0
-    if model_cfg.objective == "text":
-        model_cfg = replace(model_cfg, **LM_SHAPE, n_codes=1, grid_h=1, grid_w=1, n_vocab=n_vocab)
-    elif Path(cfg.vq, "config.json").exists():
-        vq, size = load_vq(cfg.vq), data_cfg.size or read_config(cfg.vq)["data"]["size"]
-        grid_h, grid_w = vq.grid(*parse_size(size))
-        model_cfg = replace(model_cfg, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w, n_vocab=n_vocab)
-    elif model_cfg.n_codes:
-        model_cfg = replace(model_cfg, n_vocab=n_vocab if cfg.init_lm or cfg.text_encoder else model_cfg.n_vocab)
-    else:
-        raise ValueError(
-            f"--plan needs a tokenizer, and {cfg.vq} holds none; name one with --vq, or a paper's --model_size"
-        )
-    precision = pick_precision(cfg.precision, pick_device(cfg.device))
-    print("\n".join(plan(model_cfg, cfg, precision, cfg.plan)))
-
-
-def find_tokenizer(cfg, out, resumed, device):
-    """The tokenizer that the run is about -> VQ, its folder, its hash.  ValueError if --init knows another one's codes."""
-    folder = out / "vq" if resumed else Path(cfg.vq)
-    vq, vq_hash = load_vq(folder, device), file_hash(folder / "model.safetensors")
-    if cfg.init and not resumed and file_hash(Path(cfg.init, "vq", "model.safetensors")) != vq_hash:
-        theirs = Path(cfg.init, "vq")
-        raise ValueError(f"{cfg.init} was trained on the codes of another tokenizer than {cfg.vq}; use --vq {theirs}")
-    return vq, folder, vq_hash
-
-
-def keep_inputs(out, cfg, vq_folder, source, indices):
-    """What a new run has a copy of: the tokenizer and, unless T5 reads the captions, a text model, trained now if need be."""
-    for name in ("config.json", "model.safetensors"):
-        write_file(out / "vq" / name, Path(vq_folder, name).read_bytes())
-    if cfg.init_lm:
-        write_file(out / "text.model", lm_text(cfg.init_lm))
-    elif cfg.init and not cfg.text_encoder:
-        write_file(out / "text.model", Path(cfg.init, "text.model").read_bytes())
-    elif not cfg.text_encoder:
-        write_file(out / "text.model", train_text(source, indices, cfg.vocab_size))
-
-
-def load_data(sets, text, model_cfg, data_cfg, cfg, vq, vq_hash, p, precision):
-    """Pictures -> codes, once -> training set, validation set, captions of its first pictures, Skipped."""
-
-    def cache(crops, low=0):
-        return code_cache(crops, cfg, vq, vq_hash, p, precision, low)
-
-    (source, train), (val_source, val) = sets
-    train_crops, val_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed), Crops(val_source, val, data_cfg)
-    train_cache, val_cache = cache(train_crops), cache(val_crops)
-    if not val_cache.ok.any():  # a few pictures, and the one kept for validation is bad
-        val_source, val, val_crops, val_cache = source, train, train_crops, train_cache
-    skipped = Skipped(p.say)
-    skipped.add([*source.damaged, *train_cache.skipped, *val_cache.skipped])
-    p.say(str(skipped))
-    train_low, val_low = (cache(crops, model_cfg.low) if model_cfg.low else None for crops in (train_crops, val_crops))
-    train_set = Coded(source, train, train_cache, text, cfg.seed, cfg.bpe_dropout, cfg.cond_drop, train_low)
-    val_set = Coded(val_source, val, val_cache, text, low=val_low)
-    return train_set, val_set, [val_source.captions(int(val[row]))[0] for row in val_set.rows[:8]], skipped
-
-
-def load_text(model_cfg, data_cfg, cfg, p, out, resumed):
-    """--objective text: the plain text file --data -> its text model, training and validation windows."""
-    if cfg.init or cfg.text_encoder or model_cfg.n_encoder or model_cfg.order == "image":
-        raise ValueError(
-            "--objective text trains words alone; leave out --init, --text_encoder, --n_encoder and --order image"
-        )
-    paragraphs = read_text(data_cfg.data)
-    if p.main and not resumed:
-        write_file(out / "text.model", lm_text(cfg.init_lm) if cfg.init_lm else Text.train(paragraphs, cfg.vocab_size))
-    p.barrier()
-    text = Text((out / "text.model").read_bytes(), model_cfg.text_len)
-    return text, *text_windows(paragraphs, text, data_cfg.val_fraction, cfg.seed)
-
-
-def make_model(model_cfg, cfg, text, n_codes, grid, out, resumed):
-    """The model as it starts, from chance, --init or --init_lm.  ValueError if it is not what a resumed run has trained."""
-    torch.manual_seed(cfg.seed)
-    model_cfg = replace(model_cfg, n_vocab=text.n_vocab, n_codes=n_codes, grid_h=grid[0], grid_w=grid[1])
-    if cfg.text_encoder:
-        model_cfg = replace(model_cfg, n_states=text.width)
-    if cfg.init or resumed:
-        before = read_config(out if resumed else cfg.init)
-        if before.get("text_encoder", {}).get("hash") != (text.hash if cfg.text_encoder else None):
-            raise ValueError(
-                "--init and --resume cannot change what reads the captions of "
-                f"{out if resumed else cfg.init} (text_encoder in its config.json); use another --text_encoder"
-            )
-    if resumed:
-        if model_cfg != pick(GPTConfig, before["model"]):
-            raise ValueError(f"--resume cannot change the code grid of {out}; use another --out")
-        if cfg.block_scale != before["train"].get("block_scale", False):
-            raise ValueError(
-                f"--resume cannot change --block_scale: the scales of {out} would be lost; use another --out"
-            )
-    contrast = model_cfg.objective == "contrast"
-    model = (Contrast if contrast else GPT)(model_cfg)
-    if not (model.masked or contrast):
-        model.check_causal()
-    if model.text_ahead and cfg.text_weight and model_cfg.text_loss:
-        raise ValueError(f"mask {model_cfg.mask} shows text what it should predict: it needs --text_weight 0")
-    if cfg.init and not resumed:
-        towers = read_config(cfg.init)["kind"] == "contrast" and not contrast
-        load_model(cfg.init, model, fit_encoder if towers else fit_grid).train()
-    if cfg.init_lm and cfg.init_lm_weights and not resumed:
-        load_lm(cfg.init_lm, model)
-    return model
-
-
-def check_contrast(model_cfg, cfg):
+def check_contrast(cfg):
     """ValueError for flags that two towers have no use for."""
+    if cfg.plan:
+        raise ValueError("--plan counts priors, not the towers of --objective contrast")
     if cfg.accum > 1 or cfg.strategy != "ddp" or cfg.block_scale:
         raise ValueError(
             "--objective contrast compares the whole batch at once, in replicas: use --accum 1, --strategy ddp and "
@@ -316,8 +95,15 @@ def check_contrast(model_cfg, cfg):
         raise ValueError("--objective contrast starts from chance, or with --init from its like; leave out the others")
 
 
-def check_flags(model_cfg, data_cfg, cfg):
-    """ValueError for flags that do not go together."""
+def settled(model_cfg, data_cfg, cfg):
+    """The flags with what follows from them.  ValueError for those that do not go together."""
+    lm, contrast = (model_cfg.objective == name for name in ("text", "contrast"))
+    if contrast:
+        check_contrast(cfg)
+    if lm and (cfg.init or cfg.text_encoder or model_cfg.n_encoder or model_cfg.order == "image"):
+        raise ValueError(
+            "--objective text trains words alone; leave out --init, --text_encoder, --n_encoder and --order image"
+        )
     if not data_cfg.captions:
         raise ValueError("--no-captions is for train_vq.py: the prior needs captions")
     if data_cfg.flip and cfg.crops == 1:
@@ -326,8 +112,208 @@ def check_flags(model_cfg, data_cfg, cfg):
         raise ValueError("--init_lm brings words and weights of its own; leave out --init and --text_encoder")
     if model_cfg.n_states and not cfg.text_encoder:
         raise ValueError("a frozen T5 read this prior's captions: name its folder with --text_encoder")
-    if model_cfg.objective == "contrast":
-        check_contrast(model_cfg, cfg)
+    if cfg.init_lm and not cfg.resume:
+        model_cfg = in_shape(model_cfg, cfg.init_lm)
+    if contrast:  # each caption counts: none is dropped
+        cfg = replace(cfg, cond_drop=0.0)
+    if lm:
+        return replace(model_cfg, **LM_SHAPE), data_cfg, replace(cfg, text_weight=1.0, image_weight=0.0)
+    return model_cfg, replace(data_cfg, size=data_cfg.size or read_config(tokenizer(cfg))["data"]["size"]), cfg
+
+
+def tokenizer(cfg):
+    """The folder of the tokenizer; a run that goes on has its own copy."""
+    return Path(cfg.out, "vq") if cfg.resume else Path(cfg.vq)
+
+
+# --- data ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """What a run learns from, and what shows how far it is.  A text file has no pictures, and one code of one kind."""
+
+    text: Text | T5Text
+    train_set: torch.utils.data.Dataset
+    val_set: torch.utils.data.Dataset
+    vq: torch.nn.Module | None = None
+    n_codes: int = 1
+    grid: tuple = (1, 1)
+    prompts: list | None = None  # captions of the first validation pictures
+    skipped: Skipped | str = "no pictures"
+
+
+def collate(samples):
+    """[(ids, codes, low, cut)] -> text (B, T), codes (B, N), low-resolution codes (B, M), number of captions cut."""
+    text, codes, low, cut = zip(*samples)
+    return torch.stack(text), torch.stack(codes), torch.stack(low), sum(cut)
+
+
+def captions(source, indices):
+    """The captions of some entries, as far as they can be read."""
+    for i in indices:
+        with contextlib.suppress(BadEntry):
+            yield from source.captions(int(i))
+
+
+def keep_inputs(cfg, source, indices):
+    """What a new run has a copy of: the tokenizer and, unless T5 reads the captions, a text model, trained now if need be."""
+    for name in ("config.json", "model.safetensors"):
+        write_file(Path(cfg.out, "vq", name), Path(cfg.vq, name).read_bytes())
+    if cfg.text_encoder:
+        return
+    if cfg.init_lm:
+        words = lm_text(cfg.init_lm)
+    elif cfg.init:
+        words = Path(cfg.init, "text.model").read_bytes()
+    else:  # 50,000 entries at most, evenly spaced over the training set
+        words = Text.train(captions(source, indices[:: -(-len(indices) // 50_000)]), cfg.vocab_size)
+    write_file(Path(cfg.out, "text.model"), words)
+
+
+def read_captions(cfg, length, sets, p):
+    """What turns captions into text ids or, with --text_encoder, into states that are in the cache from now on."""
+    if not cfg.text_encoder:
+        return Text(Path(cfg.out, "text.model").read_bytes(), length)
+    text = T5Text(cfg.text_encoder, length, p.device, DTYPES[p.precision])
+    text.remember([line for some in sets for line in captions(*some)], cfg.cache, p)
+    return text
+
+
+def code_cache(crops, cfg, vq, p, low=1):
+    """The codes of a set's crops, shrunk `low` times, encoded now if they are not in the cache yet."""
+    folder = Path(cfg.cache, f"codes-{vq.hash}-{crops.digest()}" + (f"-low{low}" if low > 1 else ""))
+    if any(p.gather(not folder.exists())):
+        height, width = (s // low for s in crops.pictures.size)
+
+        def encode(images):
+            with p.autocast():
+                return vq.encode(shrink(images.to(p.device), low))
+
+        CodeCache.build(folder, crops, encode, vq.grid(height, width), vq.cfg.n_codes, p)
+    return CodeCache(folder)
+
+
+def load_pictures(model_cfg, data_cfg, cfg, p):
+    """Captions -> text model, pictures -> codes, once.  ValueError if --init knows the codes of another tokenizer."""
+    vq = load_vq(tokenizer(cfg), p.device)
+    if cfg.init and not cfg.resume and file_hash(theirs := Path(cfg.init, "vq", "model.safetensors")) != vq.hash:
+        raise ValueError(
+            f"{cfg.init} was trained on the codes of another tokenizer than {cfg.vq}; use --vq {theirs.parent}"
+        )
+    grid = vq.grid(*parse_size(data_cfg.size))
+    sets = (source, train), (val_source, val) = split(data_cfg)
+    if p.main and not cfg.resume:
+        keep_inputs(cfg, source, train)
+    p.barrier()
+    text = read_captions(cfg, model_cfg.text_len, sets, p)
+    crops, val_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed), Crops(val_source, val, data_cfg)
+    cache, val_cache = code_cache(crops, cfg, vq, p), code_cache(val_crops, cfg, vq, p)
+    if not val_cache.ok.any():  # a few pictures, and the one kept for validation is bad
+        val_source, val, val_crops, val_cache = source, train, crops, cache
+    skipped = Skipped(p.say)
+    skipped.add([*source.damaged, *cache.skipped, *val_cache.skipped])
+    p.say(str(skipped))
+    low, val_low = (code_cache(c, cfg, vq, p, model_cfg.low) if model_cfg.low else None for c in (crops, val_crops))
+    train_set = Coded(source, train, cache, text, cfg.seed, cfg.bpe_dropout, cfg.cond_drop, low)
+    val_set = Coded(val_source, val, val_cache, text, low=val_low)
+    prompts = [val_source.captions(int(val[row]))[0] for row in val_set.rows[:8]]
+    return Data(text, train_set, val_set, vq, vq.cfg.n_codes, grid, prompts, skipped)
+
+
+def load_text(model_cfg, data_cfg, cfg, p):
+    """--objective text: the plain text file --data -> its text model, training and validation windows."""
+    paragraphs, path = read_text(data_cfg.data), Path(cfg.out, "text.model")
+    if p.main and not cfg.resume:
+        write_file(path, lm_text(cfg.init_lm) if cfg.init_lm else Text.train(paragraphs, cfg.vocab_size))
+    p.barrier()
+    text = Text(path.read_bytes(), model_cfg.text_len)
+    return Data(text, *text_windows(paragraphs, text, data_cfg.val_fraction, cfg.seed))
+
+
+# --- the model, and a step ------------------------------------------------------------------------------
+
+
+def check_resume(model_cfg, text, cfg):
+    """ValueError if --init or --resume goes on from what these flags cannot."""
+    folder = cfg.out if cfg.resume else cfg.init
+    before = read_config(folder)
+    if before.get("text_encoder", {}).get("hash") != (text.hash if cfg.text_encoder else None):
+        raise ValueError(
+            "--init and --resume cannot change what reads the captions of "
+            f"{folder} (text_encoder in its config.json); use another --text_encoder"
+        )
+    if cfg.resume and model_cfg != pick(GPTConfig, before["model"]):
+        raise ValueError(f"--resume cannot change the code grid of {folder}; use another --out")
+    if cfg.resume and cfg.block_scale != before["train"].get("block_scale", False):
+        raise ValueError(
+            f"--resume cannot change --block_scale: the scales of {folder} would be lost; use another --out"
+        )
+
+
+def make_model(model_cfg, cfg, data):
+    """The model as it starts, from chance, --init or --init_lm.  ValueError if it is not what a resumed run has trained."""
+    torch.manual_seed(cfg.seed)
+    (grid_h, grid_w), contrast = data.grid, model_cfg.objective == "contrast"
+    model_cfg = replace(model_cfg, n_vocab=data.text.n_vocab, n_codes=data.n_codes, grid_h=grid_h, grid_w=grid_w)
+    if cfg.text_encoder:
+        model_cfg = replace(model_cfg, n_states=data.text.width)
+    if cfg.init or cfg.resume:
+        check_resume(model_cfg, data.text, cfg)
+    model = (Contrast if contrast else GPT)(model_cfg)
+    if not (model.masked or contrast):
+        model.check_causal()
+    if model.text_ahead and cfg.text_weight and model_cfg.text_loss:
+        raise ValueError(f"mask {model_cfg.mask} shows text what it should predict: it needs --text_weight 0")
+    if cfg.init and not cfg.resume:
+        towers = read_config(cfg.init)["kind"] == "contrast" and not contrast
+        load_model(cfg.init, model, fit_encoder if towers else fit_grid).train()
+    if cfg.init_lm and cfg.init_lm_weights and not cfg.resume:
+        load_lm(cfg.init_lm, model)
+    return model
+
+
+@torch.no_grad()
+def evaluate(model, coded, cfg, p):
+    """The first validation pictures -> text and image loss per token, in nats; a masked model's over fixed masks."""
+    n, batch = min(cfg.eval_size, len(coded)), cfg.batch_size // (cfg.accum * p.world)
+    if model.cfg.objective == "contrast":
+        found = evaluate_towers(model, [coded[i][:2] for i in range(n)])
+        return dict(zip(("val_text_loss", "val_image_loss", "val_retrieval"), found))
+    sums, mine = [0.0, 0, 0.0, 0], list(range(n))[p.rank :: p.world]
+    for first in range(0, -(-n // p.world), batch):
+        some = mine[first : first + batch]
+        rows = some or [0]  # a sharded model needs all processes in every pass
+        text, codes, low, _ = collate([coded[i] for i in rows])
+        shown, n_image = None, codes.numel()
+        if model.masked:
+            shown = hide_each(codes, rows)
+            n_image = int((shown < 0).sum())
+        with p.autocast():
+            text_loss, image_loss = model(*(x if x is None else x.to(p.device) for x in (text, codes, low, shown)))
+        if some:
+            n_text = int(model.n_text_targets(text))
+            sums = [a + float(b) for a, b in zip(sums, (text_loss, n_text, image_loss, n_image))]
+    sums = p.sum(sums)
+    return {"val_text_loss": sums[0] / max(1, sums[1]), "val_image_loss": sums[2] / sums[3]}
+
+
+def draw_samples(model, data, cfg, device):
+    """Two pictures for each of some validation captions, as one sheet, a column a caption -> sheet, captions.
+
+    A captioner is shown their pictures instead, and the captions are its own.
+    """
+    samples = collate([data.val_set[i] for i in range(len(data.prompts))])
+    ids, codes, low = (x.to(device) for x in samples[:3])
+    text, grid, settings = data.text, data.grid, SampleConfig(n=2, seed=cfg.seed)
+    if model.cfg.order == "image":
+        settings = replace(settings, n=1, temperature=0.0)
+        ids = write_captions(model, codes, text.sp.bos_id(), text.sp.eos_id(), settings)
+        return grid_image(data.vq.decode(codes.view(-1, *grid)), len(codes)), [text.decode(row) for row in ids]
+    low = low.repeat_interleave(2, 0) if low.shape[1] else None
+    codes = draw_codes(model, ids, text.encode("").to(device), settings, None, low)
+    images = data.vq.decode(codes.view(-1, *grid)).unflatten(0, (-1, 2))  # (B, 2, 3, H, W)
+    return grid_image(images.transpose(0, 1).flatten(0, 1), len(ids)), data.prompts
 
 
 def hidden(model, parts, cfg, step, p):
@@ -341,7 +327,7 @@ def hidden(model, parts, cfg, step, p):
     return [hide_each(part[1], range(first + k * size, first + (k + 1) * size)) for k, part in enumerate(parts)]
 
 
-def gradients(forward, model, parts, shown, cfg, p, precision, scaler):
+def gradients(forward, model, parts, shown, cfg, p, scaler):
     """Backward passes over the parts of a batch -> this process's share of the mean text and image loss (2,)."""
     if model.cfg.objective == "contrast":
         n_text, n_image = (shown[0][:, 1] >= 0).sum(), cfg.batch_size
@@ -353,7 +339,7 @@ def gradients(forward, model, parts, shown, cfg, p, precision, scaler):
     sums = torch.zeros(2, device=p.device)
     for k, (*batch, _) in enumerate(parts):
         sync_gradients(forward, k == cfg.accum - 1)
-        with autocast(p.device, precision):
+        with p.autocast():
             batch = (x if x is None else x.to(p.device) for x in (*batch, shown[k]))
             text_loss, image_loss = forward(*batch, cfg.label_smoothing if model.masked else 0.0)
         loss = cfg.text_weight * text_loss / n_text + cfg.image_weight * image_loss / n_image
@@ -363,105 +349,63 @@ def gradients(forward, model, parts, shown, cfg, p, precision, scaler):
 
 
 def main():
-    # --- configuration, processes, tokenizer ---
+    # --- configuration, processes, data ---
     model_cfg, data_cfg, cfg = parse_flags(__doc__, GPTConfig, DataConfig, PriorTrainConfig)
     lm, contrast = (model_cfg.objective == name for name in ("text", "contrast"))
-    if cfg.plan and contrast:
-        raise ValueError("--plan counts priors, not the towers of --objective contrast")
-    if cfg.plan:
+    if cfg.plan and not contrast:
         return say_plan(model_cfg, data_cfg, cfg)
-    check_flags(model_cfg, data_cfg, cfg)
-    if contrast:  # each caption counts: none is dropped
-        cfg = replace(cfg, cond_drop=0.0)
-    p = Processes(cfg.device)
-    precision = pick_precision(cfg.precision, p.device)
-    out, resumed = Path(cfg.out), cfg.resume and has_state(cfg.out)
-    if cfg.init_lm and not resumed:
-        model_cfg = in_shape(model_cfg, cfg.init_lm)
-
-    # --- data: captions -> text model, pictures -> codes, once; or a text file ---
-    if lm:  # beside the words one code, of one kind: its loss is 0
-        model_cfg, cfg = replace(model_cfg, **LM_SHAPE), replace(cfg, text_weight=1.0, image_weight=0.0)
-        n_codes, grid, skipped = 1, (1, 1), "no pictures"
-        text, train_set, val_set = load_text(model_cfg, data_cfg, cfg, p, out, resumed)
-    else:
-        vq, vq_folder, vq_hash = find_tokenizer(cfg, out, resumed, p.device)
-        data_cfg = replace(data_cfg, size=data_cfg.size or read_config(vq_folder)["data"]["size"])
-        n_codes, grid = vq.cfg.n_codes, vq.grid(*parse_size(data_cfg.size))
-        sets = split(data_cfg)
-        if p.main and not resumed:
-            keep_inputs(out, cfg, vq_folder, *sets[0])
-        p.barrier()
-        text = read_captions(out, cfg, model_cfg.text_len, sets, p, precision)
-        train_set, val_set, prompts, skipped = load_data(
-            sets, text, model_cfg, data_cfg, cfg, vq, vq_hash, p, precision
-        )
-        shown_samples = collate([val_set[i] for i in range(len(prompts))])
+    model_cfg, data_cfg, cfg = settled(model_cfg, data_cfg, cfg)
+    p = Processes(cfg.device, cfg.precision)
+    data = (load_text if lm else load_pictures)(model_cfg, data_cfg, cfg, p)
 
     # --- model and optimizer ---
-    model = make_model(model_cfg, cfg, text, n_codes, grid, out, resumed)
-    model_cfg, n_params = model.cfg, sum(w.numel() for w in model.parameters())
-    scaler = make_scaler(model, cfg, p, precision)
-    forward = parallelize(model, p, cfg, precision, scaler)
+    model = make_model(model_cfg, cfg, data)
+    n, n_text, n_image = n_params(model), model.cfg.text_len, model.cfg.n_image
+    scaler = make_scaler(model, cfg, p)
+    forward = parallelize(model, p, cfg, scaler)
     optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
-    start, cut, earlier_cut = 0, 0, 0  # captions cut by this process, and before resuming
-    if resumed:
-        meta = load_state(out, model, ema, optimizer, scaler)
-        start, earlier_cut = meta["step"], meta["n_cut"]
-    config = {
-        "kind": "lm" if lm else "contrast" if contrast else "prior",
-        "model": asdict(model_cfg),
-        "data": asdict(data_cfg),
-        "train": asdict(cfg),
-    }
+    learners, start, n_cut = {"": (model, optimizer, scaler)}, 0, 0  # captions cut by this process
+    if cfg.resume:
+        meta = load_state(cfg.out, learners, ema)
+        start, n_cut = meta["step"], meta["n_cut"] if p.main else 0
+    kind = "lm" if lm else "contrast" if contrast else "prior"
+    config = {"kind": kind, "model": asdict(model.cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
     if cfg.text_encoder:
-        config["text_encoder"] = {"folder": str(Path(cfg.text_encoder).resolve()), "hash": text.hash}
+        config["text_encoder"] = {"folder": str(Path(cfg.text_encoder).resolve()), "hash": data.text.hash}
     p.say(
-        f"{len(train_set)} training and {len(val_set)} validation {'windows' if lm else 'pictures'}; {text.n_vocab} text tokens; "
-        f"{model_cfg.text_len}+{model_cfg.n_image} positions; {n_params / 1e6:.2f} M parameters; {precision} on "
+        f"{len(data.train_set)} training and {len(data.val_set)} validation {'windows' if lm else 'pictures'}; "
+        f"{data.text.n_vocab} text tokens; {n_text}+{n_image} positions; {n / 1e6:.2f} M parameters; {p.precision} on "
         f"{p.world} x {p.device.type}; from step {start} to {cfg.steps}"
     )
-    step, all_cut, part_size = start, earlier_cut, cfg.batch_size // (cfg.accum * p.world)
 
     # --- the loop ---
-    sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
-    loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
-    log = Log(out, p.main, start)
-    for step, evaluating, saving, ending in steps(cfg, p, start, resumed):
+    batches = step_batches(data.train_set, cfg, p, start, data_cfg.workers, collate)
+    log, step = Log(cfg.out, p.main, start), start
+    for step, evaluating, saving, ending in steps(cfg, p, start):
         if evaluating:
             with ema.applied(model):
-                found = {}
-                if contrast:
-                    some = [val_set[i][:2] for i in range(min(cfg.eval_size, len(val_set)))]
-                    val_text, val_image, found["val_retrieval"] = evaluate_towers(model, some)
-                else:
-                    val_text, val_image = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
+                values, sheet, prompts = evaluate(model, data.val_set, cfg, p), None, None
                 painter = unsharded(model, p)
-                if p.main and not (lm or contrast):
-                    sheet, captions = draw_samples(painter, vq, text, prompts, shown_samples, cfg, p.device)
-                    save_image(out / f"samples-{step:06d}.png", sheet, prompts=json.dumps(captions))
-            log.write(step=step, val_text_loss=val_text, val_image_loss=val_image, **found)
-            learned = [f"{k} {v:.3f}" for k, v in (("text", val_text), ("image", val_image)) if v]
+                if p.main and kind == "prior":
+                    sheet, prompts = draw_samples(painter, data, cfg, p.device)
+            log.evaluation(step, values, ["image_loss", "text_loss", "grad_norm"], sheet, prompts=json.dumps(prompts))
+            learned = [f"{k} {values[f'val_{k}_loss']:.3f}" for k in ("text", "image") if values[f"val_{k}_loss"]]
             p.say(f"\nstep {step}: val loss {', '.join(learned)} nats a token")
-            if p.main:
-                plot_log(out, ["image_loss", "text_loss", "grad_norm"])
-            log.rate(0)
         if saving:
-            all_cut = earlier_cut + int(p.sum([cut])[0])
-            save_run(p, out, config, step, model, ema, optimizer, scaler, n_cut=all_cut)
+            save_run(p, cfg.out, config, step, learners, ema, n_cut=int(p.sum([n_cut])[0]))
             if lm:
                 with ema.applied(model):
                     whole = unsharded(model, p)
                     if p.main:
-                        save_lm(out / "lm", whole, text)
+                        save_lm(Path(cfg.out, "lm"), whole, data.text)
         if ending:
             break
 
         seed_step(cfg.seed, step, p.rank)
-        parts = [next(loader) for _ in range(cfg.accum)]
-        cut += sum(part[-1] for part in parts)
+        parts = next(batches)
+        n_cut += sum(part[-1] for part in parts)
         shown = hidden(model, parts, cfg, step, p)
-        sums = gradients(forward, model, parts, shown, cfg, p, precision, scaler)
+        sums = gradients(forward, model, parts, shown, cfg, p, scaler)
         norm = optimizer_step(model, optimizer, scaler, cfg, step)
         ema.update(model, step)
 
@@ -474,9 +418,9 @@ def main():
                 image_loss=image_loss,
                 grad_norm=float(norm),
                 lr=optimizer.param_groups[0]["lr"],
-                tokens_per_s=log.rate(cfg.log_every * cfg.batch_size * model_cfg.length),
+                tokens_per_s=log.rate(cfg.log_every * cfg.batch_size * model.cfg.length),
             )
-    p.say(f"{out} holds step {step}; {skipped}; {all_cut} captions were too long and were cut")
+    p.say(f"{cfg.out} holds step {step}; {data.skipped}; {int(p.sum([n_cut])[0])} captions were too long and were cut")
 
 
 if __name__ == "__main__":

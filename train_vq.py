@@ -13,27 +13,13 @@ from typing import Annotated
 import torch
 
 from minit2i.backbones import shrink
-from minit2i.checkpoint import has_state, load_model, load_state, load_tensors, read_config, save_run
-from minit2i.data import DataConfig, Pictures, Skipped, StepSampler, collate, grid_image, make_loader, parse_size, split
+from minit2i.checkpoint import load_model, load_state, load_tensors, read_config, save_run
+from minit2i.data import DataConfig, Pictures, Skipped, collate, grid_image, parse_size, split, step_batches
+from minit2i.flags import parse_flags, pick
 from minit2i.losses import LossConfig, Objective, parse_recon
 from minit2i.metrics import code_stats, psnr, ssim
-from minit2i.train import (
-    EMA,
-    Log,
-    Processes,
-    TrainConfig,
-    autocast,
-    make_optimizer,
-    optimizer_step,
-    parse_flags,
-    pick,
-    pick_precision,
-    plot_log,
-    run,
-    save_image,
-    seed_step,
-    steps,
-)
+from minit2i.train import EMA, Log, Processes, TrainConfig
+from minit2i.train import make_optimizer, n_params, optimizer_step, run, seed_step, steps
 from minit2i.vq import VQ, VQConfig
 
 
@@ -49,9 +35,46 @@ class VQTrainConfig(LossConfig, TrainConfig):
     def base(self):
         return self.init or self.finetune_decoder or self.super_resolution
 
+    @property
+    def frozen(self):
+        """Whether encoder and codebook stay as they are."""
+        return bool(self.finetune_decoder or self.super_resolution)
+
 
 DECODER = ("decoder", "decoder_ch", "decoder_n_res", "maps")  # the fields that a new decoder may change
 UPSAMPLER = ("upscale", "sr_ch", "sr_blocks")
+
+
+def settled(model_cfg, data_cfg, cfg):
+    """The flags with what follows from them.  ValueError for those that do not go together."""
+    laplace = "logit_laplace" in parse_recon(cfg.recon)
+    if sum(map(bool, (cfg.init, cfg.finetune_decoder, cfg.super_resolution))) > 1:
+        raise ValueError("use one of --init, --finetune_decoder and --super_resolution at a time")
+    if model_cfg.upscale > 1 and not cfg.super_resolution:
+        raise ValueError("--upscale needs --super_resolution, the folder of a tokenizer that is trained already")
+    if laplace and cfg.super_resolution:
+        raise ValueError("--super_resolution draws pictures, not distributions; use --recon l1 or l2")
+    if not cfg.super_resolution:
+        model_cfg = replace(model_cfg, maps=6 if laplace else 3)
+    if cfg.init:
+        model_cfg = replace(model_cfg, free_steps=0)  # a fixed codebook is set already
+    size = data_cfg.size or (read_config(cfg.base)["data"]["size"] if cfg.base else "64")
+    return model_cfg, replace(data_cfg, size=size), cfg
+
+
+def load_data(data_cfg, cfg, upscale, p):
+    """-> training set, validation set, Skipped.  Pictures are read `upscale` times as large as the tokenizer sees them."""
+    height, width = (upscale * n for n in parse_size(data_cfg.size))
+    data_cfg = replace(data_cfg, size=f"{height}x{width}", resize=data_cfg.resize * upscale)
+    (source, train), (val_source, val) = split(data_cfg)
+    train_set, val_set = Pictures(source, train, data_cfg, cfg.seed), Pictures(val_source, val, data_cfg)
+    try:
+        val_set[0]
+    except ValueError:  # a few pictures, and the one kept for validation is bad
+        val_set = Pictures(source, train, data_cfg)
+    skipped = Skipped(p.say)
+    skipped.add([*source.damaged, *(val_source.damaged if val_source is not source else ())])
+    return train_set, val_set, skipped
 
 
 def freeze(model, cfg):
@@ -87,87 +110,8 @@ def load_base(model, cfg):
     model.load_state_dict(own | chosen)
 
 
-@torch.no_grad()
-def evaluate(model, pictures, n, batch, p, precision):
-    """First n validation pictures -> {name: measure} for the log, skipped, and a few (input, reconstruction)."""
-    measures = {"val_psnr": psnr} | ({"val_ssim": ssim} if min(pictures.size) >= 11 else {})  # windows of 11x11
-    totals, counts, skipped, shown = dict.fromkeys(measures, 0.0), torch.zeros(model.cfg.n_codes), [], None
-    mine = list(range(min(n, len(pictures))))[p.rank :: p.world]
-    for first in range(0, len(mine), batch):
-        images, _, skips = collate([pictures[i] for i in mine[first : first + batch]])
-        skipped += skips
-        images = images.to(p.device)
-        with autocast(p.device, precision):
-            codes = model.encode(shrink(images, model.cfg.upscale))
-            recon = model.decode(codes)
-        for name, f in measures.items():
-            totals[name] += float(f(recon, images).sum())
-        counts += torch.bincount(codes.flatten(), minlength=model.cfg.n_codes).cpu()
-        if shown is None:
-            shown = images[:12].cpu(), recon[:12].cpu()
-    n, *sums = p.sum([len(mine), *totals.values(), *counts.tolist()])
-    use, perplexity = code_stats(torch.tensor(sums[len(totals) :]))
-    values = {name: total / n for name, total in zip(totals, sums)}
-    return values | {"code_use": use, "val_perplexity": perplexity}, skipped, shown
-
-
-def check_flags(model_cfg, cfg, laplace):
-    """ValueError for flags that do not go together."""
-    if sum(map(bool, (cfg.init, cfg.finetune_decoder, cfg.super_resolution))) > 1:
-        raise ValueError("use one of --init, --finetune_decoder and --super_resolution at a time")
-    if model_cfg.upscale > 1 and not cfg.super_resolution:
-        raise ValueError("--upscale needs --super_resolution, the folder of a tokenizer that is trained already")
-    if laplace and cfg.super_resolution:
-        raise ValueError("--super_resolution draws pictures, not distributions; use --recon l1 or l2")
-
-
-def gradients(forward, model, objective, parts, frozen, cfg, p, precision, scaler, step):
-    """Backward passes over the parts of a batch -> latents (N, C), codes (N,), {name: mean of a loss over the parts}."""
-    latents, codes, sums = [], [], {}
-    for k, images in enumerate(parts):
-        last = k == cfg.accum - 1
-        forward.require_backward_grad_sync = last
-        with autocast(p.device, precision):
-            maps, z, c, quantizer_loss = forward(shrink(images, model.cfg.upscale), None if frozen else step)
-            picture = model.picture(maps)
-            loss, values = objective(maps, picture, images, model.last_weight, step, scaler.get_scale())
-        loss = loss + quantizer_loss.float()
-        scaler.scale(loss / cfg.accum).backward()
-        values |= {"loss": loss.detach(), "mse": (picture.detach() - images).square().mean()}
-        if objective.playing(step):
-            with autocast(p.device, precision):
-                values["disc_loss"] = objective.adversary.judge(images, picture, cfg.accum, last)
-        sums = {name: sums.get(name, 0.0) + v / cfg.accum for name, v in values.items()}
-        latents.append(z), codes.append(c)
-    return torch.cat(latents), torch.cat(codes), sums
-
-
-def main():
-    # --- configuration, processes, data ---
-    model_cfg, data_cfg, cfg = parse_flags(__doc__, VQConfig, DataConfig, VQTrainConfig)
-    resumed, frozen = cfg.resume and has_state(cfg.out), bool(cfg.finetune_decoder or cfg.super_resolution)
-    laplace = "logit_laplace" in parse_recon(cfg.recon)
-    check_flags(model_cfg, cfg, laplace)
-    if not cfg.super_resolution:
-        model_cfg = replace(model_cfg, maps=6 if laplace else 3)
-    if cfg.init:
-        model_cfg = replace(model_cfg, free_steps=0)  # a fixed codebook is set already
-    size = data_cfg.size or (read_config(cfg.base)["data"]["size"] if cfg.base else "64")
-    data_cfg = replace(data_cfg, size=size)
-    large = [model_cfg.upscale * n for n in parse_size(size)]  # what is read; the tokenizer sees it shrunk to size
-    read_cfg = replace(data_cfg, size=f"{large[0]}x{large[1]}", resize=data_cfg.resize * model_cfg.upscale)
-    p = Processes(cfg.device)
-    precision = pick_precision(cfg.precision, p.device)
-    (source, train), (val_source, val) = split(read_cfg)
-    train_set, val_set = Pictures(source, train, read_cfg, cfg.seed), Pictures(val_source, val, read_cfg)
-    try:
-        val_set[0]
-    except ValueError:  # a few pictures, and the one kept for validation is bad
-        val_set = Pictures(source, train, read_cfg)
-    skipped = Skipped(p.say)
-    skipped.add([*source.damaged, *(val_source.damaged if val_source is not source else ())])
-
-    # --- model and optimizer ---
+def make_model(model_cfg, data_cfg, cfg, p):
+    """The tokenizer as the run starts: from chance, or from another run."""
     torch.manual_seed(cfg.seed)
     model = VQ(model_cfg).to(p.device)
     model.grid(*parse_size(data_cfg.size))
@@ -175,70 +119,121 @@ def main():
         raise ValueError(
             f"free_steps {model_cfg.free_steps} leaves none of {cfg.steps} steps with a codebook; use {cfg.steps // 3}"
         )
-    objective = Objective(cfg, p, precision, large)
-    if cfg.base and not resumed:
+    if cfg.base and not cfg.resume:
         load_base(model, cfg)
     freeze(model, cfg)
-    optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
-    scaler = torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
-    start = 0
-    if resumed:
-        meta = load_state(cfg.out, model, ema, optimizer, scaler, objective.parts)
-        start = meta["step"]
-        skipped.why = dict(meta["skipped"])
+    return model
+
+
+@torch.no_grad()
+def evaluate(model, pictures, cfg, p):
+    """The first validation pictures -> {name: measure} for the log, skipped, and a sheet of inputs and reconstructions."""
+    measures = {"val_psnr": psnr} | ({"val_ssim": ssim} if min(pictures.size) >= 11 else {})  # windows of 11x11
+    totals, counts, skipped, sheet = dict.fromkeys(measures, 0.0), torch.zeros(model.cfg.n_codes), [], None
+    mine, batch = (
+        list(range(min(cfg.eval_size, len(pictures))))[p.rank :: p.world],
+        cfg.batch_size // (cfg.accum * p.world),
+    )
+    for first in range(0, len(mine), batch):
+        images, _, skips = collate([pictures[i] for i in mine[first : first + batch]])
+        skipped += skips
+        images = images.to(p.device)
+        with p.autocast():
+            codes = model.encode(shrink(images, model.cfg.upscale))
+            recon = model.decode(codes)
+        for name, f in measures.items():
+            totals[name] += float(f(recon, images).sum())
+        counts += torch.bincount(codes.flatten(), minlength=model.cfg.n_codes).cpu()
+        if sheet is None:
+            sheet = grid_image(torch.cat([images[:12], recon[:12]]), len(images[:12]))
+    n, *sums = p.sum([len(mine), *totals.values(), *counts.tolist()])
+    use, perplexity = code_stats(torch.tensor(sums[len(totals) :]))
+    values = {name: total / n for name, total in zip(totals, sums)}
+    return (
+        values | {"code_use": use, "val_perplexity": perplexity},
+        [s for part in p.gather(skipped) for s in part],
+        sheet,
+    )
+
+
+def gradients(forward, model, objective, parts, p, scaler, step):
+    """Backward passes over the parts of a batch -> latents (N, C), codes (N,), {name: mean of a loss over the parts}."""
+    latents, codes, sums = [], [], {}
+    for k, images in enumerate(parts):
+        last = k == len(parts) - 1
+        forward.require_backward_grad_sync = last
+        with p.autocast():
+            maps, z, c, quantizer_loss = forward(
+                shrink(images, model.cfg.upscale), None if objective.cfg.frozen else step
+            )
+            picture = model.picture(maps)
+            loss, values = objective(maps, picture, images, model.last_weight, step, scaler.get_scale())
+        loss = loss + quantizer_loss.float()
+        scaler.scale(loss / len(parts)).backward()
+        values |= {"loss": loss.detach(), "mse": (picture.detach() - images).square().mean()}
+        if objective.playing(step):
+            with p.autocast():
+                values["disc_loss"] = objective.adversary.judge(images, picture, len(parts), last)
+        sums = {name: sums.get(name, 0.0) + v / len(parts) for name, v in values.items()}
+        latents.append(z), codes.append(c)
+    return torch.cat(latents), torch.cat(codes), sums
+
+
+def main():
+    # --- configuration, processes, data ---
+    model_cfg, data_cfg, cfg = settled(*parse_flags(__doc__, VQConfig, DataConfig, VQTrainConfig))
+    p = Processes(cfg.device, cfg.precision)
+    train_set, val_set, skipped = load_data(data_cfg, cfg, model_cfg.upscale, p)
+
+    # --- model and optimizer ---
+    model = make_model(model_cfg, data_cfg, cfg, p)
+    objective = Objective(cfg, p, p.precision, train_set.size)
+    optimizer, ema, start = make_optimizer(model, cfg), EMA(model, cfg.ema), 0
+    scaler = torch.amp.GradScaler(p.device.type, enabled=p.precision == "fp16")
+    learners = {"": (model, optimizer, scaler)} | objective.parts
+    if cfg.resume:
+        meta = load_state(cfg.out, learners, ema)
+        start, skipped.why = meta["step"], dict(meta["skipped"])
     forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if p.world > 1 else model
     if cfg.compile:
         torch._functorch.config.donated_buffer = False  # the adaptive weight goes through the graph more than once
         forward = torch.compile(forward)
     config = {"kind": "vq", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
-    n_params = sum(w.numel() for w in model.parameters())
     p.say(
-        f"{len(train)} training and {len(val)} validation pictures; {n_params / 1e6:.2f} M parameters; {precision} "
-        f"on {p.world} x {p.device.type}; from step {start} to {cfg.steps}"
+        f"{len(train_set)} training and {len(val_set)} validation pictures; {n_params(model) / 1e6:.2f} M parameters; "
+        f"{p.precision} on {p.world} x {p.device.type}; from step {start} to {cfg.steps}"
     )
 
-    step, part_size = start, cfg.batch_size // (cfg.accum * p.world)
-    train_set[start * cfg.batch_size]  # nothing usable: say so here, not in a worker
-
     # --- the loop ---
-    sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
-    loader = iter(make_loader(train_set, sampler, data_cfg.workers, collate))
-    log = Log(cfg.out, p.main, start)
-    for step, evaluating, saving, ending in steps(cfg, p, start, resumed):
+    train_set[start * cfg.batch_size]  # nothing usable: say so here, not in a worker
+    batches = step_batches(train_set, cfg, p, start, data_cfg.workers, collate)
+    log, step = Log(cfg.out, p.main, start), start
+    for step, evaluating, saving, ending in steps(cfg, p, start):
         if evaluating:
             with ema.applied(model):
-                values, skips, shown = evaluate(model, val_set, cfg.eval_size, part_size, p, precision)
-            skipped.add([s for part in p.gather(skips) for s in part])
-            log.write(step=step, **values)
+                values, skips, sheet = evaluate(model, val_set, cfg, p)
+            skipped.add(skips)
+            log.evaluation(step, values, ["loss", "psnr", "perplexity"], sheet, "reconstructions")
             p.say(
                 f"\nstep {step}: val PSNR {values['val_psnr']:.2f} dB, {values['code_use']:.1%} of the codes used, "
                 f"perplexity {values['val_perplexity']:.0f}"
             )
-            if p.main:
-                save_image(
-                    Path(cfg.out, f"reconstructions-{step:06d}.png"), grid_image(torch.cat(shown), len(shown[0]))
-                )
-                plot_log(cfg.out, ["loss", "psnr", "perplexity"])
-            log.rate(0)
         if saving:
             skipped.add([s for part in p.gather(list(skipped.why.items())) for s in part])
-            also, why = objective.parts, list(skipped.why.items())
-            save_run(p, cfg.out, config, step, model, ema, optimizer, scaler, also, skipped=why)
+            save_run(p, cfg.out, config, step, learners, ema, skipped=list(skipped.why.items()))
         if ending:
             break
 
         seed_step(cfg.seed, step, p.rank)
-        parts = []
-        for _ in range(cfg.accum):
-            images, _, skips = next(loader)
-            skipped.add(skips)
-            parts.append(images.to(p.device, non_blocking=True))
+        parts = next(batches)
+        skipped.add([s for _, _, skips in parts for s in skips])
+        parts = [images.to(p.device, non_blocking=True) for images, _, _ in parts]
         if step == model.quantizer.first_step and not cfg.base:
-            with torch.no_grad(), autocast(p.device, precision):
+            with torch.no_grad(), p.autocast():
                 model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in parts]))
-        latents, codes, sums = gradients(forward, model, objective, parts, frozen, cfg, p, precision, scaler, step)
+        latents, codes, sums = gradients(forward, model, objective, parts, p, scaler, step)
         norm = optimizer_step(model, optimizer, scaler, cfg, step)
-        if not frozen:
+        if not cfg.frozen:
             model.quantizer.update(latents, codes, step)
         ema.update(model, step)
         if objective.playing(step):
@@ -246,16 +241,10 @@ def main():
 
         if (step + 1) % cfg.log_every == 0:
             values = dict(zip(sums, (v / p.world for v in p.sum([float(v) for v in sums.values()]))))
-            count = model.quantizer.ema_count
-            log.write(
-                step=step + 1,
-                psnr=float(10 * torch.tensor(4 / values.pop("mse")).log10()),
-                **values,
-                grad_norm=float(norm),
-                lr=optimizer.param_groups[0]["lr"],
-                perplexity=code_stats(count)[1],
-                images_per_s=log.rate(cfg.log_every * cfg.batch_size),
-            )
+            values["psnr"] = float(10 * torch.tensor(4 / values.pop("mse")).log10())
+            values |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+            values["perplexity"] = code_stats(model.quantizer.ema_count)[1]
+            log.write(step=step + 1, **values, images_per_s=log.rate(cfg.log_every * cfg.batch_size))
     p.say(f"{cfg.out} holds step {step}; {skipped}")
 
 

@@ -8,7 +8,6 @@ speed touches all alike.  FLOPs are those of the matrix products of the model as
 position forward, twice that backward, attention over the pairs that the mask shows.
 """
 
-import argparse
 import statistics
 import time
 from dataclasses import replace
@@ -18,9 +17,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minit2i.attention import Layout, attend
+from minit2i.flags import new_parser
 from minit2i.gpt import GPT, Cache, GPTConfig
 from minit2i.masked import unmask
 from minit2i.masks import MASKS
+from minit2i.parallel import DTYPES
 from minit2i.plan import training_flops
 from minit2i.sample import SampleConfig, generate
 from minit2i.train import autocast, pick_precision, run
@@ -70,7 +71,7 @@ def prior_step(model, batch, device, precision, compiled):
 def mask_table(cfg, batch, device, precision, rounds, compiled):
     """Each mask beside full: one layer's attention forward and backward, a training step, a code drawn by the cache."""
     work, text = {}, torch.randint(0, cfg.n_vocab, (2, cfg.text_len), device=device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    dtype = DTYPES[precision]
     shape = (batch, cfg.n_head, cfg.length, cfg.n_embd // cfg.n_head)
     names = [name for name in MASKS if not Layout(name, cfg).image_ahead] + ["dalle"]
     for name in names:
@@ -123,7 +124,7 @@ def weights_alone(model, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured [5]")
     parser.add_argument("--batch", type=int, default=16, help="pictures of a training step [16]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -142,7 +143,7 @@ def main():
         )
         print(f"prior {cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.text_len}+{cfg.n_image} positions")
         return mask_table(cfg, args.batch, device, precision, args.rounds, args.compile)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    dtype = DTYPES[precision]
     n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 

@@ -98,36 +98,24 @@ def load_model(folder, model, fit=lambda tensors, model: tensors):
     return model.eval()
 
 
-def save_run(p, folder, config, step, model, ema, optimizer, scaler, also=None, **meta):
-    """Every process calls it: the model with averaged weights, whole, and then all that resuming needs."""
-    tensors = gather(ema.state_dict(model), p)
-    if p.main:
-        save_model(folder, tensors, config | {"step": step})
-    save_state(folder, step, model, ema, optimizer, scaler, also, **meta)
-    p.barrier()
+def save_run(p, folder, config, step, learners, ema, **meta):
+    """Every process calls it: the model with averaged weights, whole, and then all that resuming needs.
 
-
-def save_state(folder, step, model, ema, optimizer, scaler, also=None, **meta):
-    """All that resuming needs; every process calls it.
-
-    also: name -> (module, optimizer, scaler) of what is trained beside the model (a discriminator).
+    learners: name -> (module, optimizer, scaler) of all that is trained; "" is the model, a discriminator may be beside it.
     """
-    also = also or {}
-    tensors = state_tensors(model, optimizer) | {f"ema.{k}": v for k, v in ema.weights.items()}
-    for name, (module, own, _) in also.items():
-        tensors |= state_tensors(module, own, f"{name}.")
-    scalers = {name: own.state_dict() for name, (_, _, own) in also.items()}
-    meta |= dict(step=step, scaler=scaler.state_dict(), scalers=scalers)
+    whole = gather(ema.state_dict(learners[""][0]), p)
+    if p.main:
+        save_model(folder, whole, config | {"step": step})
+    tensors, scalers = {f"ema.{k}": v for k, v in ema.weights.items()}, {}
+    for name, (module, optimizer, scaler) in learners.items():
+        prefix, names = f"{name}." if name else "", {w: k for k, w in module.named_parameters()}
+        tensors |= {f"{prefix}model.{k}": v for k, v in module.state_dict().items()}
+        for w, state in optimizer.state.items():
+            tensors |= {f"{prefix}optimizer.{names[w]}.{k}": v for k, v in state.items()}
+        scalers[name] = scaler.state_dict()
+    meta |= dict(step=step, scaler=scalers.pop(""), scalers=scalers)
     write_state(Path(folder, "state"), tensors, meta)
-
-
-def state_tensors(model, optimizer, prefix=""):
-    """A module's state and its optimizer's, by name."""
-    names = {p: k for k, p in model.named_parameters()}
-    tensors = {f"{prefix}model.{k}": v for k, v in model.state_dict().items()}
-    for p, state in optimizer.state.items():
-        tensors |= {f"{prefix}optimizer.{names[p]}.{k}": v for k, v in state.items()}
-    return tensors
+    p.barrier()
 
 
 def write_state(folder, tensors, meta):
@@ -162,24 +150,25 @@ def read_state(folder, model):
     return load_shards(folder, sharded), meta
 
 
-def load_state(folder, model, ema, optimizer, scaler, also=None):
-    """The inverse of save_state, in place -> its meta (step and what the script added)."""
+def load_state(folder, learners, ema):
+    """All that resuming needs, as save_run left it, in place -> its meta (step and what the script added)."""
+    model = learners[""][0]
     tensors, meta = read_state(Path(folder, "state"), model)
-    parts = {"": (model, optimizer, scaler)}
-    parts |= {f"{name}.": part for name, part in (also or {}).items() if name in meta.get("scalers", {})}  # else new
-    for prefix, (module, own, own_scaler) in parts.items():
+    scalers = {"": meta["scaler"]} | meta.get("scalers", {})
+    for name, (module, optimizer, scaler) in learners.items():
+        if name not in scalers:  # new in this run
+            continue
+        prefix = f"{name}." if name else ""
         try:
             module.load_state_dict(with_prefix(tensors, f"{prefix}model."))
         except RuntimeError as e:
             raise ValueError(f"the run in {folder} does not fit these flags: {e}") from e
         moments = with_prefix(tensors, f"{prefix}optimizer.")
-        for name, p in module.named_parameters():
-            state = {k: moments[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in moments}
-            if state:
-                own.state[p] = {k: v.to(p.device) if k != "step" or p.is_cuda else v for k, v in state.items()}
-        saved = meta["scalers"][prefix[:-1]] if prefix else meta["scaler"]
-        if saved:
-            own_scaler.load_state_dict(saved)
+        for key, w in module.named_parameters():
+            if state := with_prefix(moments, f"{key}."):
+                optimizer.state[w] = {k: v.to(w.device) if k != "step" or w.is_cuda else v for k, v in state.items()}
+        if scalers[name]:
+            scaler.load_state_dict(scalers[name])
     averaged = with_prefix(tensors, "ema.")
     for k, v in model.named_parameters():
         if k in ema.weights:

@@ -443,8 +443,14 @@ def own_group(worker):
         os.setpgrp()
 
 
-def make_loader(dataset, sampler, workers, collate_fn):
-    """A DataLoader over the sampler's positions, in their order whatever the number of workers."""
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn, pin_memory=torch.cuda.is_available()
+def step_batches(dataset, cfg, p, start, workers, collate_fn):
+    """The parts of this process's batches, a list for each step from `start`, the same whatever the number of workers.
+
+    cfg: train.TrainConfig; p: train.Processes.
+    """
+    sampler, pin = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world), torch.cuda.is_available()
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn, pin_memory=pin
     )
+    parts = iter(loader)
+    return ([next(parts) for _ in range(cfg.accum)] for _ in range(start, cfg.steps))

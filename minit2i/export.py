@@ -3,12 +3,12 @@
 python -m minit2i.export --model out/scenes --out minit2i/pretrained
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from minit2i.checkpoint import load_tensors, read_config, save_model, write_file
+from minit2i.flags import new_parser
 from minit2i.train import run
 
 PRIVATE = (
@@ -44,7 +44,7 @@ def export(folder, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()

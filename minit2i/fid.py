@@ -60,7 +60,7 @@ class Latents:
         config = read_config(folder)
         folder = Path(folder, "vq") if config.get("kind") == "prior" else Path(folder)
         self.vq, self.device = load_vq(folder, device), device
-        self.hash = file_hash(folder / "model.safetensors")
+        self.hash = self.vq.hash
         self.name = f"encoder of the tokenizer {self.hash}; compare with figures of the same encoder only"
         self.width = 2 * self.vq.latents(torch.zeros(1, 3, *[self.vq.cfg.stride] * 2, device=device)).shape[-1]
 

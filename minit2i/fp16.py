@@ -71,11 +71,11 @@ def branch(f, x, scale):
     return f(x) if scale is None else Leave.apply(f(Enter.apply(x, scale)), scale)
 
 
-def make_scaler(model, cfg, p, precision):
+def make_scaler(model, cfg, p):
     """What keeps small gradients of float16: a scale of the loss, or of each block if cfg.block_scale."""
     if not cfg.block_scale:
-        return torch.amp.GradScaler(p.device.type, enabled=precision == "fp16")
-    if precision == "fp16" and not model.cfg.fp32_logits:
+        return torch.amp.GradScaler(p.device.type, enabled=p.precision == "fp16")
+    if p.precision == "fp16" and not model.cfg.fp32_logits:
         raise ValueError("block_scale leaves the heads' gradients without a scale: under fp16 it needs --fp32_logits")
     return BlockScaler(model, p)
 

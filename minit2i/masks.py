@@ -10,10 +10,10 @@ Training, cached decoding and the picture take it from MASKS; --mask gives each 
 Shapes: T text length (smaller pictures' codes included), h w code grid, N = h*w, L = T+N.
 """
 
-import argparse
-
 import torch
 from PIL import Image, ImageDraw
+
+from minit2i.flags import new_parser, pick
 
 KERNEL = 11  # side of the conv mask's window, DALL-E app. B.1
 
@@ -108,9 +108,9 @@ def picture(cfg, names, cell=2, columns=4):
 
 def main():
     from minit2i.gpt import GPTConfig  # here, as gpt.py imports this file
-    from minit2i.train import pick, save_image
+    from minit2i.train import save_image
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--out", default="masks.png", help="the PNG to write [masks.png]")
     parser.add_argument("--text_len", type=int, default=32, help="text positions [32]")
     parser.add_argument("--grid_h", type=int, default=12, help="rows of codes [12]")

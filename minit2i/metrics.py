@@ -9,13 +9,11 @@ python -m minit2i.metrics fid --real path/to/pictures --fake out/pictures --feat
 Shapes: B batch, H W picture, V codebook size.
 """
 
-import argparse
 import contextlib
 import json
 import re
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,10 +24,11 @@ from minit2i.backbones import shrink
 from minit2i.checkpoint import read_config, write_file
 from minit2i.data import BadEntry, DataConfig, Folder, crop, open_source, parse_size, to_pil
 from minit2i.fid import batches, features, fid, frechet, moments, pick_features, picture_set
+from minit2i.flags import add_flags, new_parser, pick
 from minit2i.oracle import check_scene, score_scenes
-from minit2i.sample import PRETRAINED, Painter, SampleConfig, code_losses, file_hash, load_vq
+from minit2i.sample import PRETRAINED, Painter, SampleConfig, code_losses, load_vq
 from minit2i.scenes import CATEGORIES, caption, render, scene_at
-from minit2i.train import add_flags, pick, pick_device, run
+from minit2i.train import pick_device, run
 
 # --- pictures against pictures -----------------------------------------------------------------------
 
@@ -77,7 +76,7 @@ def code_stats(counts):
 
 
 @torch.no_grad()
-def tokenizer_figures(vq, vq_hash, crops, extract, folder):
+def tokenizer_figures(vq, crops, extract, folder):
     """PSNR, SSIM, use of codes and rFID of a tokenizer on a set of pictures (Crops) -> dict."""
 
     def encode(images):
@@ -89,7 +88,7 @@ def tokenizer_figures(vq, vq_hash, crops, extract, folder):
         again = vq.decode(codes).cpu()
         counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
         sums += torch.tensor([psnr(again, images).sum(), ssim(again, images).sum(), len(images)])
-    drawn = features(extract, crops, folder, lambda images: vq.decode(encode(images)), vq_hash)
+    drawn = features(extract, crops, folder, lambda images: vq.decode(encode(images)), vq.hash)
     rows = [features(extract, crops, folder), drawn]
     use, perplexity = code_stats(counts)
     figures = {"psnr": float(sums[0] / sums[2]), "ssim": float(sums[1] / sums[2]), "code_use": use}
@@ -231,9 +230,7 @@ def drawn_by(source):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     scenes = commands.add_parser("scenes", help="a prior's accuracy on generated scenes, by category")
     scenes.add_argument("--prompts_per_category", type=int, default=500)
@@ -313,12 +310,12 @@ def measure_pictures(args):
     extract = pick_features(args.features, pick_device(args.device))
     settings = {k: getattr(args, k) for k in ("features", "size", "n")}
     if args.command == "tokenizer":
-        vq, model = load_vq(args.model, extract.device), file_hash(Path(args.model, "model.safetensors"))
+        vq = load_vq(args.model, extract.device)
         size = parse_size(args.size or read_config(args.model)["data"]["size"])  # of what it encodes
         settings["size"] = "x".join(str(n * vq.cfg.upscale) for n in size)
         crops = picture_set(args.images, settings["size"], args.n, args.workers)
-        figures = tokenizer_figures(vq, model, crops, extract, args.cache)
-        record = {"settings": settings | {"images": args.images}, "model": model}
+        figures = tokenizer_figures(vq, crops, extract, args.cache)
+        record = {"settings": settings | {"images": args.images}, "model": vq.hash}
     else:
         source = open_source(args.fake, DataConfig(size=args.size or "64"))
         settings["size"] = args.size or first_size(source)

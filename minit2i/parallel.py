@@ -37,7 +37,7 @@ def blocks(model):
     return [block for m in reversed(list(model.modules())) if isinstance(m, nn.ModuleList) for block in m]
 
 
-def parallelize(model, p, cfg, precision, scaler):
+def parallelize(model, p, cfg, scaler):
     """Put a model on p's device, over p's processes, as cfg says -> what to call in training.
 
     cfg has strategy, powersgd, checkpoint_activations and compile.  The model itself may be sharded, in place: its optimizer
@@ -57,7 +57,7 @@ def parallelize(model, p, cfg, precision, scaler):
         if cfg.checkpoint_activations:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if sharded:
-        shard(model, p, precision)
+        shard(model, p)
         return model
     forward = model.to(p.device)
     if p.world > 1:
@@ -82,16 +82,16 @@ def sync_gradients(forward, on):
 # --- FSDP2 -----------------------------------------------------------------------------------------------
 
 
-def shard(model, p, precision):
+def shard(model, p):
     """Shard a model in place, block by block (ZeRO stage 3, arXiv:1910.02054 sec. 5; FSDP, arXiv:2304.11277).
 
-    The blocks' matrices are gathered in `precision`; gains, biases, embeddings and heads in float32, as DALL-E keeps them
+    The blocks' matrices are gathered in p.precision; gains, biases, embeddings and heads in float32, as DALL-E keeps them
     (2102.12092 sec. 2.4).  Gradients are summed, and parts, moments and averages kept, in float32.
     """
     mesh = dist.init_device_mesh(p.device.type, (p.world,))
     policy = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False)
     half = policy(
-        param_dtype=DTYPES[precision], param_dtype_override_fn=lambda w: torch.float32 if w.dim() < 2 else None
+        param_dtype=DTYPES[p.precision], param_dtype_override_fn=lambda w: torch.float32 if w.dim() < 2 else None
     )
     for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=half)

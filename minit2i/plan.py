@@ -1,17 +1,23 @@
 """What a training of the prior will need: memory, arithmetic, time.  train_prior.py --plan N prints it for N processes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from minit2i.attention import Layout
+from minit2i.checkpoint import read_config
+from minit2i.data import parse_size
 from minit2i.gpt import GPT
+from minit2i.lm import LM_SHAPE, in_shape, lm_text
 from minit2i.masks import layer_masks
+from minit2i.parallel import DTYPES
+from minit2i.sample import load_vq
+from minit2i.tokens import Text
+from minit2i.train import pick_device, pick_precision
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-
-def n_params(cfg):
+def parameters(cfg):
     """Parameters by part: blocks, embeddings (positions and the last norm included), heads."""
     with torch.device("meta"):
         model = GPT(replace(cfg, mask="auto"))  # a mask has no parameters
@@ -82,7 +88,7 @@ def activation_bytes(cfg, precision):
 
 def plan(cfg, train_cfg, precision, world):
     """-> lines of text.  cfg must know its vocabularies and grid; train_cfg: train_prior.py's config."""
-    parts, half = n_params(cfg), BYTES[precision]
+    parts, half = parameters(cfg), DTYPES[precision].itemsize
     total, shards = sum(parts.values()), world if train_cfg.strategy == "fsdp" else 1
     outside, block = parts["embeddings"] + parts["heads"], parts["blocks"] / (cfg.n_layer + cfg.n_encoder)
     sequences = train_cfg.batch_size / world / train_cfg.accum
@@ -124,3 +130,31 @@ def plan(cfg, train_cfg, precision, world):
         f"{train_cfg.steps} steps of {train_cfg.batch_size}: {tokens / 1e9:,.3f} G tokens, {flops / cfg.length * tokens / 1e18:,.3f} EFLOP",
         f"  at {train_cfg.mfu:.0%} of {train_cfg.peak_tflops:g} TFLOP/s a process: {seconds / 86400:,.2f} days ({seconds / 3600:,.1f} hours)",
     ]
+
+
+def say_plan(model_cfg, data_cfg, cfg):
+    """Print --plan: with the tokenizer in --vq if there is one, else with the codes of a paper's size."""
+    if cfg.plan < 0 or cfg.peak_tflops <= 0 or cfg.mfu <= 0:
+        raise ValueError(
+            f"--plan {cfg.plan}, --peak_tflops {cfg.peak_tflops:g}, --mfu {cfg.mfu:g}: each must be above 0"
+        )
+    n_vocab = cfg.vocab_size
+    if cfg.init_lm:
+        model_cfg = in_shape(model_cfg, cfg.init_lm)
+        n_vocab = Text(lm_text(cfg.init_lm), model_cfg.text_len).n_vocab
+    if cfg.text_encoder:
+        model_cfg, n_vocab = replace(model_cfg, n_vocab=0, n_states=read_config(cfg.text_encoder)["d_model"]), 0
+    if model_cfg.objective == "text":
+        model_cfg = replace(model_cfg, **LM_SHAPE, n_codes=1, grid_h=1, grid_w=1, n_vocab=n_vocab)
+    elif Path(cfg.vq, "config.json").exists():
+        vq, size = load_vq(cfg.vq), data_cfg.size or read_config(cfg.vq)["data"]["size"]
+        grid_h, grid_w = vq.grid(*parse_size(size))
+        model_cfg = replace(model_cfg, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w, n_vocab=n_vocab)
+    elif model_cfg.n_codes:
+        model_cfg = replace(model_cfg, n_vocab=n_vocab if cfg.init_lm or cfg.text_encoder else model_cfg.n_vocab)
+    else:
+        raise ValueError(
+            f"--plan needs a tokenizer, and {cfg.vq} holds none; name one with --vq, or a paper's --model_size"
+        )
+    precision = pick_precision(cfg.precision, pick_device(cfg.device))
+    print("\n".join(plan(model_cfg, cfg, precision, cfg.plan)))

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from minit2i.checkpoint import load_model, read_config
 from minit2i.contrast import Contrast, mismatch
 from minit2i.filters import SCHEDULES, draw, filtered, guide, scheduled
+from minit2i.flags import pick
 from minit2i.gpt import GPT, Cache, GPTConfig
 from minit2i.masked import unmask
 from minit2i.t5 import T5Text, folder_hash
 from minit2i.tokens import Text
-from minit2i.train import pick
 from minit2i.vq import VQ, VQConfig
 from minit2i.windows import centre_outward, every_place, slide
 
@@ -119,11 +119,6 @@ def generate(model, text, empty, cfg, known=None, low=None, watch=None):
     return codes
 
 
-def shrink(images, f):
-    """images (B, 3, H, W) -> (B, 3, H/f, W/f), as super-resolution sees them in training."""
-    return F.interpolate(images, scale_factor=1 / f, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
 def draw_codes(model, text, empty, cfg, known=None, low=None, watch=None):
     """`generate`, or for a masked prior `masked.unmask`."""
     loop = unmask if model.cfg.objective == "masked" else generate
@@ -181,11 +176,13 @@ def file_hash(path):
 
 
 def load_vq(folder, device="cpu"):
-    """A tokenizer's checkpoint folder -> VQ, frozen; ValueError if it is none."""
+    """A tokenizer's checkpoint folder -> VQ, frozen, which knows its weights' hash; ValueError if it is none."""
     config = read_config(folder)
     if config.get("kind") != "vq":
         raise ValueError(f"{folder} is not a tokenizer; train_vq.py makes one")
-    return load_model(folder, VQ(pick(VQConfig, config["model"]))).to(device).requires_grad_(False)
+    vq = load_model(folder, VQ(pick(VQConfig, config["model"]))).to(device).requires_grad_(False)
+    vq.hash = file_hash(Path(folder, "model.safetensors"))
+    return vq
 
 
 def load_text(folder, config, device):
@@ -217,7 +214,7 @@ class Painter:
         model = (GPT if kind == "prior" else Contrast)(pick(GPTConfig, config["model"]))
         self.prior = load_model(folder, model).to(self.device, dtype).requires_grad_(False)
         self.vq = load_vq(Path(folder, "vq"), self.device)
-        own = self.vq.state_dict()
+        own, self.vq_hash = self.vq.state_dict(), self.vq.hash
         if vq:
             self.vq = load_vq(vq, self.device)
             other = self.vq.state_dict()
@@ -230,7 +227,6 @@ class Painter:
                 raise ValueError(f"the codes of {vq} are not those of {folder}; use one finetuned from its tokenizer")
         self.text = load_text(folder, config, self.device)
         self.hash = file_hash(Path(folder, "model.safetensors"))
-        self.vq_hash = file_hash(Path(folder, "vq", "model.safetensors"))
         self.size = tuple(s * self.vq.cfg.stride for s in (self.prior.cfg.grid_h, self.prior.cfg.grid_w))
 
     def ids(self, prompts):

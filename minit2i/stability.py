@@ -8,7 +8,6 @@ remedy, `all` adds all of them, and `float32` is the same training in float32 wi
 weight is not finite; "skipped" counts the steps that left out the update of the model, or of a block of it.
 """
 
-import argparse
 import math
 import time
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.func import functional_call
 
+from minit2i.flags import new_parser
 from minit2i.fp16 import BlockScaler, PBLayerNorm
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.train import Processes, run, save_image
@@ -141,7 +141,7 @@ def plot(results, steps, w=560, h=360):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--out", default="stability.png", help="the plot [stability.png]")
     parser.add_argument("--steps", type=int, default=60, help="steps of each run [60]")
     parser.add_argument("--batch", type=int, default=4, help="pictures of a step [4]")

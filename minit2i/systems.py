@@ -12,7 +12,6 @@ Not as published: muse without --text_encoder learns its text embedding, lm star
 its own width), and parti's text encoder is not pre-trained.  The validation loss of muse is of hidden codes and compares with no other.
 """
 
-import argparse
 import json
 import shlex
 import statistics
@@ -27,21 +26,18 @@ from PIL import Image, ImageDraw
 from minit2i.checkpoint import read_config, write_file
 from minit2i.compare import plot, smooth, train
 from minit2i.data import DataConfig, grid_image, split
+from minit2i.flags import add_flags, new_parser, pick
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.metrics import recall, scene_accuracy
 from minit2i.recipes import RECIPES, defaults
 from minit2i.sample import Painter, SampleConfig, file_hash
-from minit2i.train import add_flags, pick, pick_device, read_log, run, save_image
+from minit2i.train import n_params, pick_device, read_log, run, save_image
 from minit2i.vq import VQ, VQConfig
 
 N_HEAD = 4  # of all priors, so that widths may be multiples of 8
 
 
 # --- the same number of parameters -------------------------------------------------------------------
-
-
-def n_params(model):
-    return sum(w.numel() for w in model.parameters())
 
 
 def fit(build, rows, target):
@@ -64,7 +60,7 @@ def fit(build, rows, target):
 
 def asked_for(config, name, flags):
     """A recipe's model config, with what --vq or --prior say of it."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = new_parser("")
     add_flags(parser, config)
     parser.set_defaults(**defaults(name, (config,)))
     return pick(config, parser.parse_known_args(shlex.split(flags))[0])
@@ -184,9 +180,7 @@ def report(out, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--out", required=True, help="folder of the rows, the table, the curves and the pictures")
     add("--data", default="scenes", help="as in both scripts: scenes, a folder or shards [scenes]")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minit2i.checkpoint import read_config, read_hf
-from minit2i.train import pick
+from minit2i.flags import pick
 
 
 @dataclass(frozen=True)

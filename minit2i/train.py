@@ -1,6 +1,5 @@
-"""What both training scripts share: flags, processes, precision, optimization, averaged weights, log."""
+"""What both training scripts share: processes, precision, optimization, averaged weights, log."""
 
-import argparse
 import contextlib
 import ctypes
 import io
@@ -10,10 +9,10 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -21,8 +20,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from minit2i.checkpoint import has_state, read_config, write_file
-from minit2i.recipes import defaults, explain
+from minit2i.checkpoint import write_file
+from minit2i.parallel import DTYPES
 
 
 @dataclass(frozen=True)
@@ -64,100 +63,6 @@ class TrainConfig:
         return {}
 
 
-# --- flags from dataclasses ------------------------------------------------------------------------------
-
-
-def add_flags(parser, config):
-    """A flag for every field of a config dataclass that is Annotated[type, help, choices]; none for plain ones."""
-    group = parser.add_argument_group(f"{config.__name__}: {config.__doc__.splitlines()[0]}")
-    for f in fields(config):
-        hint = get_type_hints(config, include_extras=True)[f.name]
-        if not hasattr(hint, "__metadata__"):
-            continue
-        kind, (text, *choices) = hint.__origin__, hint.__metadata__
-        required = f.default is f.default_factory  # both MISSING
-        kw = dict(help=text if required else f"{text} [{f.default}]".replace("%", "%%"))
-        kw |= dict(required=True) if required else dict(default=f.default)
-        if kind is bool:
-            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kw)
-        else:
-            group.add_argument(
-                f"--{f.name}",
-                type=kind,
-                choices=choices[0] if choices else None,
-                metavar=None if choices else kind.__name__.upper(),
-                **kw,
-            )
-
-
-def pick(config, values):
-    """The fields of a config dataclass out of a dict (or namespace) that may hold more."""
-    values = values if isinstance(values, dict) else vars(values)
-    return config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
-
-
-def parse_flags(doc, model, data, train, argv=None):
-    """argv -> a config of each of the three dataclasses.  --recipe replaces their defaults (see recipes.py).
-
-    With --resume the run's own config.json replaces the defaults, with --init (see `base`) the model's part of that one's,
-    so that no flag needs retyping.  ValueError if a flag would change the model of a resumed run.
-    """
-    configs = (train, data, model)
-    parser = argparse.ArgumentParser(
-        description=doc,
-        epilog=explain(configs).replace("%", "%%"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for config in configs:
-        add_flags(parser, config)
-    first_cfg = pick(train, parser.parse_args(argv))
-    parser.set_defaults(**defaults(first_cfg.recipe, configs))
-    args = parser.parse_args(argv)
-    resumed, named = args.resume and has_state(args.out), pick(train, args).named
-    parser.set_defaults(**named)
-    folder = args.out if resumed else pick(train, args).base
-    if folder:
-        saved = read_config(folder)
-        if not set(saved["model"]) <= {f.name for f in fields(model)}:
-            raise ValueError(f"{folder} holds a run of the other stage, or of a newer version; use another folder")
-        parser.set_defaults(**saved["model"] | ({} if resumed else named))
-    if resumed:
-        if first_cfg.recipe not in ("", before := saved["train"].get("recipe", "")):
-            raise ValueError(
-                f"--resume cannot change --recipe {first_cfg.recipe} (the run has {before!r}); leave it out"
-            )
-        parser.set_defaults(**saved["train"] | saved["data"] | {"resume": True})
-        if named != pick(train, saved["train"]).named:  # then, if there is one, it was given now
-            parser.set_defaults(**named)
-        now, before = asdict(pick(model, parser.parse_args(argv))), asdict(pick(model, saved["model"]))
-        changed = [f"--{k} {now[k]} (the run has {v})" for k, v in before.items() if now[k] != v]
-        if changed:
-            raise ValueError(f"--resume cannot change the model: {', '.join(changed)}; use another --out")
-    elif has_state(args.out) and not args.resume:
-        raise ValueError(f"{args.out} already holds a run; add --resume to continue it, or use another --out")
-    args = parser.parse_args(argv)
-    cfg = pick(train, args)
-    check(cfg)
-    return pick(model, args), pick(data, args), cfg
-
-
-def check(cfg):
-    """ValueError for settings that cannot work."""
-    for name in ("batch_size", "accum", "log_every", "eval_every", "eval_size", "save_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} {getattr(cfg, name)} is less than 1")
-    for name in ("ema", "cond_drop", "bpe_dropout", "label_smoothing"):
-        if not 0 <= getattr(cfg, name, 0) <= 1:
-            raise ValueError(f"{name} {getattr(cfg, name)} is not in [0, 1]")
-    parts = cfg.accum * int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.batch_size % parts:
-        raise ValueError(
-            f"batch_size {cfg.batch_size} does not divide into {parts} parts (processes x accum); "
-            f"use {cfg.batch_size // parts * parts + parts}"
-        )
-
-
 # --- processes and devices -----------------------------------------------------------------------------
 
 
@@ -171,11 +76,12 @@ def pick_device(name="auto"):
 
 
 class Processes:
-    """This process among those that torchrun started (alone without torchrun), and its device."""
+    """This process among those that torchrun started (alone without torchrun), its device and its precision."""
 
-    def __init__(self, device="auto"):
+    def __init__(self, device="auto", precision="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
+        self.precision = pick_precision(precision, self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
@@ -189,6 +95,9 @@ class Processes:
     def say(self, text):
         if self.main:
             print(text, flush=True)
+
+    def autocast(self):
+        return autocast(self.device, self.precision)
 
     def total(self, tensor):
         """Sum of a tensor over the processes, without waiting for it."""
@@ -235,7 +144,7 @@ def autocast(device, precision):
     """The autocast context of a precision; nothing for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    return torch.autocast(device.type, DTYPES[precision])
 
 
 def seed_step(seed, step, rank):
@@ -265,12 +174,12 @@ class Stop:
         return step % self.every == 0 and self.processes.sum([self.flag])[0] > 0
 
 
-def steps(cfg, p, start, resumed):
+def steps(cfg, p, start):
     """Steps start ... cfg.steps, one more than there are, so that the last evaluation and save are no special case.
 
     Yields (step, whether to evaluate, to save, to end) before each; ends early if a signal asks for it.
     """
-    stop, first = Stop(p, cfg.log_every), start if resumed else -1
+    stop, first = Stop(p, cfg.log_every), start if cfg.resume else -1  # what a run goes on from is saved
     for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not p.main):
         last = step == cfg.steps
         end = stop.asked(step) or last
@@ -290,6 +199,10 @@ def lr_at(step, cfg):
         return cfg.lr * (step + 1) / cfg.warmup
     t = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
     return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * t)))
+
+
+def n_params(model):
+    return sum(w.numel() for w in model.parameters())
 
 
 def make_optimizer(model, cfg):
@@ -370,6 +283,15 @@ class Log:
         now = time.time()
         rate, self.time = work / max(now - self.time, 1e-9), now
         return rate
+
+    def evaluation(self, step, values, keys, sheet=None, name="samples", **text):
+        """Write an evaluation's values, draw the curves of `keys` and save a sheet of pictures; its time does not count."""
+        self.write(step=step, **values)
+        if self.main:
+            plot_log(self.path.parent, keys)
+            if sheet is not None:
+                save_image(self.path.with_name(f"{name}-{step:06d}.png"), sheet, **text)
+        self.time = time.time()
 
     def write(self, **record):
         if self.main:

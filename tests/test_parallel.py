@@ -1,6 +1,7 @@
 """Replicas and shards: equal to one process, to rounding; what is sent, and when."""
 
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.parallel import gather, parallelize, sync_gradients, unsharded
-from minit2i.train import EMA, Processes, autocast, make_optimizer, optimizer_step
+from minit2i.train import EMA, Processes, make_optimizer, optimizer_step
 from train_prior import PriorTrainConfig
 
 CFG = GPTConfig(n_layer=2, n_head=2, n_embd=32, text_len=8, n_vocab=40, n_codes=33, grid_h=2, grid_w=3)
@@ -31,13 +32,13 @@ class Run:
 
     def __init__(self, cfg=TRAIN, precision="fp32", init_scale=2.0**16):
         torch.manual_seed(0)
-        self.cfg, self.precision, self.p = cfg, precision, Processes("cpu") if not dist.is_initialized() else Run.p
-        Run.p = self.p
+        self.cfg, self.p = cfg, Processes("cpu") if not dist.is_initialized() else copy(Run.p)
+        self.p.precision, Run.p = precision, self.p
         self.model = GPT(CFG)
         self.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=init_scale)
         if cfg.block_scale:
-            self.scaler = make_scaler(self.model, cfg, self.p, precision)
-        self.forward = parallelize(self.model, self.p, cfg, precision, self.scaler)
+            self.scaler = make_scaler(self.model, cfg, self.p)
+        self.forward = parallelize(self.model, self.p, cfg, self.scaler)
         self.optimizer, self.ema, self.step = make_optimizer(self.model, cfg), EMA(self.model, cfg.ema), 0
 
     def backward(self, batch):
@@ -45,7 +46,7 @@ class Run:
         total = torch.zeros(2)
         for k in range(self.cfg.accum):
             sync_gradients(self.forward, k == self.cfg.accum - 1)
-            with autocast(self.p.device, self.precision):
+            with self.p.autocast():
                 losses = torch.stack(self.forward(text[k :: self.cfg.accum], codes[k :: self.cfg.accum])) / 56
             self.scaler.scale(losses.sum() * self.p.world).backward()
             total += losses.detach()

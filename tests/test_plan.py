@@ -7,12 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_prior
+from minit2i import plan as planning
 from minit2i.checkpoint import save_model
+from minit2i.flags import parse_flags
 from minit2i.gpt import GPT, SIZES, GPTConfig
 from minit2i.lm import LM_SHAPE, save_lm
-from minit2i.plan import activation_bytes, n_params, plan, training_flops
+from minit2i.plan import activation_bytes, parameters, plan, training_flops
 from minit2i.tokens import Text
-from minit2i.train import parse_flags
 from minit2i.vq import VQ, VQConfig
 from train_prior import DataConfig, PriorTrainConfig
 
@@ -21,11 +22,11 @@ SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, text_len=5, n_vocab=11, n_code
 
 def test_papers_sizes_have_the_papers_parameters():
     """Within 2 %: CogView's whole (4 B); DALL-E's without heads (12 B), as whole it is 2.4 % above the rounded figure."""
-    dalle, cogview = (n_params(GPTConfig(**SIZES[name])) for name in ("dalle-12b", "cogview-4b"))
+    dalle, cogview = (parameters(GPTConfig(**SIZES[name])) for name in ("dalle-12b", "cogview-4b"))
     assert abs(dalle["blocks"] + dalle["embeddings"] - 12e9) < 0.02 * 12e9
     assert abs(sum(cogview.values()) - 4e9) < 0.02 * 4e9
     for name, paper in (("350m", 350e6), ("750m", 750e6), ("3b", 3e9), ("20b", 20e9)):  # blocks only, 0.7 to 2 % above
-        assert abs(n_params(GPTConfig(**SIZES[f"parti-{name}"]))["blocks"] - paper) < 0.021 * paper
+        assert abs(parameters(GPTConfig(**SIZES[f"parti-{name}"]))["blocks"] - paper) < 0.021 * paper
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -34,7 +35,7 @@ def test_every_size_is_a_model(name):
     narrow = replace(cfg, n_embd=cfg.n_head * 4, n_layer=3, grid_h=4, grid_w=4, text_len=8)
     text, codes = torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long)
     assert all(loss.isfinite() for loss in GPT(narrow)(text, codes))
-    assert sum(n_params(SMALL).values()) == sum(w.numel() for w in GPT(SMALL).parameters())
+    assert sum(parameters(SMALL).values()) == sum(w.numel() for w in GPT(SMALL).parameters())
 
 
 def test_flops_are_those_that_run():
@@ -82,7 +83,7 @@ def test_activations_are_those_that_are_kept(change):
 )
 def test_every_kind_of_prior_has_a_plan(change):
     cfg = replace(SMALL, grid_h=6, grid_w=9, **change)
-    assert sum(n_params(cfg).values()) == sum(w.numel() for w in GPT(cfg).parameters())
+    assert sum(parameters(cfg).values()) == sum(w.numel() for w in GPT(cfg).parameters())
     assert training_flops(cfg) > 0 and "all of these" in "".join(plan(cfg, PriorTrainConfig(out=""), "bf16", 2))
 
 
@@ -98,7 +99,7 @@ def test_a_plan_with_a_text_encoder_or_a_language_model(tmp_path, capsys, monkey
     t5.mkdir()
     (t5 / "config.json").write_text('{"d_model": 12}')
     parsed = []
-    monkeypatch.setattr(train_prior, "plan", lambda cfg, *_: parsed.append(cfg) or [])
+    monkeypatch.setattr(planning, "plan", lambda cfg, *_: parsed.append(cfg) or [])
     vq, none = VQConfig(stride=8, ch=8, n_codes=16), tmp_path / "none"
     save_model(tmp_path, VQ(vq).state_dict(), {"kind": "vq", "model": asdict(vq), "data": {"size": "16"}})
     for flags in (
@@ -120,7 +121,7 @@ def test_a_plan_says_what_a_process_holds():
         lines = plan(cfg, replace(train, **change), "fp16", 8)
         return {line[:20].strip(): float(line.split()[-2]) for line in lines if line.endswith("GiB")}
 
-    params = sum(n_params(cfg).values()) / 2**30
+    params = sum(parameters(cfg).values()) / 2**30
     ddp, fsdp = memory(), memory(strategy="fsdp")
     assert ddp["optimizer"] == pytest.approx(8 * params, abs=0.01) == pytest.approx(8 * fsdp["optimizer"], abs=0.05)
     assert ddp["all of these"] == pytest.approx(sum(v for k, v in ddp.items() if k != "all of these"), abs=0.05)

@@ -10,9 +10,10 @@ import train_prior
 import train_vq
 from minit2i.checkpoint import read_config
 from minit2i.data import DataConfig
+from minit2i.flags import parse_flags
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.recipes import RECIPES, recipe
-from minit2i.train import TrainConfig, parse_flags
+from minit2i.train import TrainConfig
 from minit2i.vq import VQ, VQConfig
 from train_prior import PriorTrainConfig
 from train_vq import VQTrainConfig
