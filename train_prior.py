@@ -72,6 +72,9 @@ class PriorTrainConfig(TrainConfig):
     steps: Annotated[int, "optimizer steps"] = 10000
     lr: Annotated[float, "peak learning rate"] = 1e-3
     weight_decay: Annotated[float, "AdamW weight decay, on matrices only"] = 0.045
+    optimizer: Annotated[str, "muon: Muon for the matrices within blocks, AdamW for the rest", ("adamw", "muon")] = (
+        "adamw"
+    )
     ema: Annotated[float, "decay of the averaged weights, which are the ones saved; 0: none"] = 0.999
 
     @property
@@ -249,6 +252,10 @@ def check_resume(model_cfg, text, cfg):
         raise ValueError(
             f"--resume cannot change --block_scale: the scales of {folder} would be lost; use another --out"
         )
+    if cfg.resume and cfg.optimizer != before["train"].get("optimizer", "adamw"):
+        raise ValueError(
+            f"--resume cannot change --optimizer: the state in {folder} is the other's; use --init instead"
+        )
 
 
 def make_model(model_cfg, cfg, data):
@@ -363,7 +370,7 @@ def main():
     n, n_text, n_image = n_params(model), model.cfg.text_len, model.cfg.n_image
     scaler = make_scaler(model, cfg, p)
     forward = parallelize(model, p, cfg, scaler)
-    optimizer, ema = make_optimizer(model, cfg), EMA(model, cfg.ema)
+    optimizer, ema = make_optimizer(model, cfg, cfg.optimizer == "muon"), EMA(model, cfg.ema)
     learners, start, n_cut = {"": (model, optimizer, scaler)}, 0, 0  # captions cut by this process
     if cfg.resume:
         meta = load_state(cfg.out, learners, ema)

@@ -205,15 +205,45 @@ def n_params(model):
     return sum(w.numel() for w in model.parameters())
 
 
-def make_optimizer(model, cfg):
-    """AdamW that decays matrices and convolutions, not gains, biases and a codebook."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    kept = {id(p) for name, p in model.named_parameters() if p.dim() < 2 or name.endswith("codebook")}
+def make_optimizer(model, cfg, muon=False):
+    """AdamW that decays matrices and convolutions, not gains, biases and a codebook.
+
+    muon: the matrices within transformer blocks take Muon's step instead, with the same rate and decay.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kept = [name for name, p in params.items() if p.dim() < 2 or name.endswith("codebook")]
+    matrices = [name for name, p in params.items() if muon and "blocks." in name and p.dim() == 2]
     groups = [
-        {"params": [p for p in params if id(p) not in kept], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if id(p) in kept], "weight_decay": 0.0},
+        {"params": [p for name, p in params.items() if name not in kept + matrices], "weight_decay": cfg.weight_decay},
+        {"params": [params[name] for name in kept], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=params[0].device.type != "mps")
+    fused = next(iter(params.values())).device.type != "mps"
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+    return Muon(adamw, [params[name] for name in matrices], cfg) if muon else adamw
+
+
+class Muon:
+    """Muon for the matrices given, AdamW for the rest, as one optimizer with one state.
+
+    A matrix moves along its momentum with all singular values made about 1 (five Newton-Schulz steps), so that rare
+    directions are learned as fast as frequent ones.  Jordan et al. 2024, kellerjordan.github.io/posts/muon; scaled to
+    AdamW's usual step, so that one learning rate serves both: Liu et al., arXiv:2502.16982 eq. 4.
+    """
+
+    def __init__(self, adamw, matrices, cfg):
+        scale = dict(momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, **scale)
+        self.both, self.state = (adamw, muon), adamw.state
+        muon.state = adamw.state
+        self.param_groups = adamw.param_groups + muon.param_groups
+
+    def step(self):
+        for optimizer in self.both:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none=True):
+        for optimizer in self.both:
+            optimizer.zero_grad(set_to_none)
 
 
 class EMA:

@@ -286,6 +286,19 @@ def test_a_stopped_run_resumes_with_bit_equal_losses(which, vq, prior, pictures,
     assert equal(out / "state" / "resume.safetensors", whole / "state" / "resume.safetensors")
 
 
+def test_a_stopped_run_under_muon_resumes_with_bit_equal_losses(prior, vq, pictures, tmp_path, monkeypatch):
+    flags = [*PRIOR_FLAGS, "--data", pictures, "--vq", vq, "--cache", prior.parent / "cache", "--optimizer", "muon"]
+    call(train_prior, *flags, "--out", tmp_path / "whole", "--steps", 6)
+    with monkeypatch.context() as m:
+        stop_at(m, 3)
+        call(train_prior, *flags, "--out", tmp_path / "run", "--steps", 6)
+    with pytest.raises(ValueError, match="--resume cannot change --optimizer"):
+        call(train_prior, "--resume", "--out", tmp_path / "run", "--optimizer", "adamw")
+    call(train_prior, "--resume", "--out", tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole") != losses(prior)[:6]
+    assert equal(tmp_path / "run" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
+
+
 @pytest.mark.parametrize("which", ["vq", "prior"])
 def test_resuming_a_finished_run_is_no_fault(which, vq, prior):
     folder = {"vq": vq, "prior": prior}[which]
@@ -609,6 +622,28 @@ def test_learning_rate():
     rates = [train.lr_at(s, cfg) for s in range(111)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and abs(rates[60] - 0.55) < 1e-9 and abs(rates[110] - 0.1) < 1e-9
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_muon_moves_all_directions_of_a_matrix_alike():
+    """Its step is lr * 0.2 sqrt(the longer side) along U V^T of the gradient U S V^T; the rest takes AdamW's step."""
+    blocks = torch.nn.ModuleDict(
+        {"blocks": torch.nn.ModuleList([torch.nn.Linear(6, 9)]), "head": torch.nn.Linear(6, 9)}
+    )
+    matrix, others = blocks["blocks"][0].weight, [blocks["blocks"][0].bias, *blocks["head"].parameters()]
+    before = {w: w.detach().clone() for w in blocks.parameters()}
+    u, _, vt = torch.linalg.svd(torch.randn(9, 6, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    for w in blocks.parameters():
+        w.grad = torch.ones_like(w)
+    matrix.grad = u @ torch.diag(torch.logspace(0, -1, 6)) @ vt  # tenfold between the first direction and the last
+    optimizer = train.make_optimizer(blocks, train.TrainConfig(out="", lr=1e-2, weight_decay=0.5), muon=True)
+    optimizer.step()
+    moved = (before[matrix] * (1 - 1e-2 * 0.5) - matrix) / (1e-2 * 0.2 * 9**0.5)
+    along = u.T @ moved.detach() @ vt.T
+    assert ((along.diagonal() > 0.6) & (along.diagonal() < 1.3)).all()  # what five Newton-Schulz steps leave
+    assert (along - along.diagonal().diag()).abs().max() < 0.02
+    decay = [1 - 1e-2 * 0.5 * (w.dim() == 2) for w in others]
+    assert all(torch.allclose(before[w] * d - w, torch.full_like(w, 1e-2), atol=1e-6) for w, d in zip(others, decay))
+    assert set(optimizer.state) == set(blocks.parameters()) and len(optimizer.param_groups) == 3
 
 
 def test_ema_equals_a_loop():
