@@ -101,6 +101,7 @@ def plan(cfg, train_cfg, precision, world):
             * cfg.n_encoder
             / cfg.n_layer
         )
+    muon = train_cfg.optimizer == "muon"  # keeps one moment of a matrix, not two
     entering = cfg.length * cfg.n_embd * 4  # a float32 residual stream
     logits = 4 * (cfg.text_len * cfg.n_vocab * cfg.text_loss + cfg.n_image * cfg.n_codes)
     kept = cfg.n_layer * entering + layer if train_cfg.checkpoint_activations else cfg.n_layer * layer
@@ -111,7 +112,7 @@ def plan(cfg, train_cfg, precision, world):
     memory = {
         "weights": 4 * total / shards,
         "gradients": 4 * total / (1 if train_cfg.accum > 1 else shards),  # whole between the parts of a batch
-        "optimizer": 8 * total / shards,
+        "optimizer": (8 * total - 4 * parts["blocks"] * muon) / shards,
         "averages": 4 * total / shards if train_cfg.ema else 0,
         "copies of weights": copies,
         "activations": sequences * (kept + logits),
