@@ -4,8 +4,9 @@
     python -m minit2i.compare --out out/backbones --vary backbone --values vqvae,vqgan,vit --data path/to/pictures
 
 trains every quantizer (or every value of another flag) on the same data, budget and backbone, as CogView's figure 2
-(arXiv:2105.13290), and writes table.md and curves.png.  All further flags are train_vq.py's (VQConfig, DataConfig,
-VQTrainConfig).  Stopped, it goes on where it was; each run is an ordinary folder of train_vq.py.
+(arXiv:2105.13290), and writes table.md and curves.png.  A value may bring flags of its own: --values "ema,st --l2_norm".
+All further flags are train_vq.py's (VQConfig, DataConfig, VQTrainConfig).  Stopped, it goes on where it was; each run
+is an ordinary folder of train_vq.py.
 
 Shapes: B batch, H W picture, h w code grid, V codebook size.
 """
@@ -116,10 +117,12 @@ def plot(curves, title, width=560, height=340):
     for value in (low, (low + top) / 2, top):
         draw.text((4, at(0, value)[1] - 6), f"{value:.4g}", fill="#444444")
     draw.text((x1 - 40, y0 + 8), f"{last} steps", fill="#444444")
+    points = next(iter(curves.values()))
+    legend = y1 if points[-1][1] < points[0][1] else y0 - 6 - 14 * len(curves)  # where the curves are not
     for k, (label, points) in enumerate(curves.items()):
         color = COLORS[k % len(COLORS)]
         draw.line([at(*p) for p in points], fill=color, width=2)
-        draw.text((x1 - 90, y1 + 14 * k), label, fill=color)
+        draw.text((x1 - 6 * max(map(len, curves)), legend + 14 * k), label, fill=color)
     return image
 
 
@@ -132,32 +135,44 @@ def train(script, flags, out):
         raise ValueError(f"the run {out} failed; what it said is above")
 
 
-def row_of(name, records):
-    """One run's log -> its line of the table."""
-    training, last = [r for r in records if "recon" in r], [r for r in records if "val_psnr" in r][-1]
-    if not training:
+def row_of(name, runs):
+    """The logs of one value's runs, one for each seed -> its line of the table: means, and the range of the PSNR."""
+    training = [[r for r in records if "recon" in r] for records in runs]
+    if not all(training):
         raise ValueError(f"{name} logged no loss; use a --log_every not above --steps, and another --out")
-    loss = statistics.mean(r["recon"] for r in training[-max(1, len(training) // 10) :])
-    speed = statistics.median(r["images_per_s"] for r in training)
+    last = [[r for r in records if "val_psnr" in r][-1] for records in runs]
+    loss = statistics.mean(r["recon"] for rs in training for r in rs[-max(1, len(rs) // 10) :])
+    speed = statistics.median(r["images_per_s"] for rs in training for r in rs)
+    measures = "val_psnr", "val_ssim", "code_use", "val_perplexity"
+    mean = {k: statistics.mean(r.get(k, math.nan) for r in last) for k in measures}
+    low, high = (f(r["val_psnr"] for r in last) for f in (min, max))
+    several = f" ({low:.2f} to {high:.2f})" if len(runs) > 1 else ""
     return (
-        f"| {name} | {loss:.5f} | {last['val_psnr']:.2f} | {last.get('val_ssim', math.nan):.4f} | "
-        f"{last['code_use']:.1%} | {last['val_perplexity']:.0f} | {speed:.0f} |"
+        f"| {name} | {loss:.5f} | {mean['val_psnr']:.2f}{several} | {mean['val_ssim']:.3f} | "
+        f"{mean['code_use']:.1%} | {mean['val_perplexity']:.0f} | {speed:.0f} |"
     )
 
 
+def curve(runs, key, width):
+    """Means over the runs, smoothed over `width` points: logs -> [(step, value)]."""
+    points = {}
+    for r in (r for records in runs for r in records if key in r):
+        points.setdefault(r["step"], []).append(r[key])
+    return smooth([(step, statistics.mean(values)) for step, values in sorted(points.items())], width)
+
+
 def report(out, vary, folders):
-    """table.md and curves.png of finished runs: {name: folder} -> the table."""
-    logs = {name: read_log(Path(folder, "log.jsonl")) for name, folder in folders.items()}
+    """table.md and curves.png of finished runs, {value: folders, one for each seed} -> the table."""
+    logs = {name: [read_log(Path(f, "log.jsonl")) for f in runs] for name, runs in folders.items()}
     table = [
         f"| {vary} | loss | PSNR, dB | SSIM | codes used | perplexity | images/s |",
         "|---|---|---|---|---|---|---|",
     ]
-    table = "\n".join(table + [row_of(name, records) for name, records in logs.items()]) + "\n"
+    table = "\n".join(table + [row_of(name, runs) for name, runs in logs.items()]) + "\n"
     write_file(Path(out, "table.md"), table)
     panels = []
     for key, title, width in (("recon", "reconstruction loss, training", 5), ("val_psnr", "PSNR, validation, dB", 1)):
-        curves = {n: smooth([(r["step"], r[key]) for r in rs if key in r], width) for n, rs in logs.items()}
-        panels.append(plot(curves, title))
+        panels.append(plot({name: curve(runs, key, width) for name, runs in logs.items()}, title))
     sheet = Image.new("RGB", (sum(im.width for im in panels), panels[0].height), "white")
     for k, im in enumerate(panels):
         sheet.paste(im, (k * im.width, 0))
@@ -172,17 +187,20 @@ def main():
     parser.add_argument("--out", required=True, help="folder of all runs, the table and the curves")
     parser.add_argument("--vary", default="quantizer", help="the flag of train_vq.py that differs [quantizer]")
     parser.add_argument(
-        "--values", default=",".join(QUANTIZERS), help=f"its values; on,off for a switch [{','.join(QUANTIZERS)}]"
+        "--values",
+        default=",".join(QUANTIZERS),
+        help=f"its values, each with flags of its own if need be; on,off for a switch [{','.join(QUANTIZERS)}]",
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each value [1]")
     args, rest = parser.parse_known_args()
     folders = {}
     for seed in range(args.seeds):
-        for value in args.values.split(","):
-            name = value if args.seeds == 1 else f"{value}, seed {seed}"
-            folders[name] = Path(args.out, f"{value}-{seed}")
+        for text in args.values.split(","):
+            value, *own = text.split()
+            folder = Path(args.out, "-".join([value, *(word.lstrip("-") for word in own), str(seed)]))
             flag = {"on": [f"--{args.vary}"], "off": [f"--no-{args.vary}"]}.get(value, [f"--{args.vary}", value])
-            train("train_vq.py", [*flag, "--seed", str(seed), *rest], folders[name])
+            train("train_vq.py", [*rest, *flag, *own, "--seed", str(seed)], folder)
+            folders.setdefault(text, []).append(folder)
     print(report(args.out, args.vary, folders))
 
 

@@ -11,7 +11,9 @@ from PIL import Image
 import train_vq
 from minit2i import compare
 from minit2i import vq as vq_module
+from minit2i.checkpoint import read_config
 from minit2i.sample import load_vq
+from minit2i.train import read_log
 from test_train import VQ_FLAGS, call, pictures, vq  # noqa: F401
 
 
@@ -55,6 +57,19 @@ def test_a_comparison_trains_tabulates_and_goes_on(pictures, tmp_path, monkeypat
     assert "from step 4 to 6" in capsys.readouterr().out
 
 
+def test_seeds_are_averaged_and_a_value_has_flags_of_its_own(pictures, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(compare, "train", lambda script, flags, out: call(train_vq, *flags, "--out", out))
+    flags = "--data", pictures, *VQ_FLAGS, "--eval_every", 2, "--out", tmp_path, "--steps", 2, "--restart", 0.2
+    call(compare, *flags, "--values", "ema,st --restart 0 --l2_norm", "--seeds", 2)
+    runs = {path.name: read_config(path)["model"] for path in tmp_path.iterdir() if path.is_dir()}
+    assert sorted(runs) == ["ema-0", "ema-1", "st-restart-0-l2_norm-0", "st-restart-0-l2_norm-1"]
+    assert [(c["restart"], c["l2_norm"]) for _, c in sorted(runs.items())] == [(0.2, False)] * 2 + [(0.0, True)] * 2
+    last = [read_log(tmp_path / f"ema-{seed}" / "log.jsonl")[-1]["val_psnr"] for seed in (0, 1)]
+    rows = (tmp_path / "table.md").read_text().splitlines()
+    assert f"| {sum(last) / 2:.2f} ({min(last):.2f} to {max(last):.2f}) |" in rows[2] and min(last) < max(last)
+    assert rows[3].startswith("| st --restart 0 --l2_norm |")
+
+
 def test_a_failed_run_of_a_comparison_is_named(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(subprocess, "run", lambda command: calls.append(command) or SimpleNamespace(returncode=1))
@@ -64,7 +79,7 @@ def test_a_failed_run_of_a_comparison_is_named(tmp_path, monkeypatch):
         call(compare, "--out", tmp_path, "--vary", "l2_norm", "--values", "off,on")
     assert calls[1][2:4] == ["--no-l2_norm", "--seed"]
     with pytest.raises(ValueError, match="st logged no loss; use a --log_every"):
-        compare.row_of("st", [{"step": 4, "val_psnr": 9.0}])
+        compare.row_of("st", [[{"step": 4, "val_psnr": 9.0}]])
 
 
 def test_a_rising_curve_is_not_cut():
