@@ -64,6 +64,11 @@ def ssim(a, b):
     return value.flatten(1).mean(1)
 
 
+def roughness(a):
+    """How much neighbouring pixels differ, on average over each picture: a (B, 3, H, W) -> (B,).  Blur lowers it."""
+    return sum(a.float().diff(dim=d).abs().flatten(1).mean(1) for d in (2, 3))
+
+
 def code_stats(counts):
     """How often each code was used (V,) -> fraction of codes used at all, perplexity exp(entropy)."""
     counts = counts.cpu().double()
@@ -77,22 +82,24 @@ def code_stats(counts):
 
 @torch.no_grad()
 def tokenizer_figures(vq, crops, extract, folder):
-    """PSNR, SSIM, use of codes and rFID of a tokenizer on a set of pictures (Crops) -> dict."""
+    """PSNR, SSIM, sharpness (roughness beside the pictures' own), use of codes and rFID on pictures (Crops) -> dict."""
 
     def encode(images):
         return vq.encode(shrink(images.to(next(vq.parameters()).device), vq.cfg.upscale))
 
-    sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(vq.cfg.n_codes)
+    sums, counts = torch.zeros(5, dtype=torch.float64), torch.zeros(vq.cfg.n_codes)
     for images in batches(crops):
         codes = encode(images)
         again = vq.decode(codes).cpu()
         counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
-        sums += torch.tensor([psnr(again, images).sum(), ssim(again, images).sum(), len(images)])
+        values = psnr(again, images), ssim(again, images), roughness(again), roughness(images), torch.ones(len(images))
+        sums += torch.stack([v.sum() for v in values])
     drawn = features(extract, crops, folder, lambda images: vq.decode(encode(images)), vq.hash)
     rows = [features(extract, crops, folder), drawn]
     use, perplexity = code_stats(counts)
-    figures = {"psnr": float(sums[0] / sums[2]), "ssim": float(sums[1] / sums[2]), "code_use": use}
-    figures |= {"perplexity": perplexity, "rFID": frechet(*moments(rows[0]), *moments(rows[1])), "n": int(sums[2])}
+    figures = {"psnr": float(sums[0] / sums[4]), "ssim": float(sums[1] / sums[4])}
+    figures |= {"sharpness": float(sums[2] / sums[3]), "code_use": use, "perplexity": perplexity}
+    figures |= {"rFID": frechet(*moments(rows[0]), *moments(rows[1])), "n": int(sums[4])}
     return figures | {"features": extract.name}
 
 

@@ -400,6 +400,7 @@ def keep_memory():
 def run(main):
     """Run a script's main: what a user can mend ends with one line, not with a traceback."""
     keep_memory()
+    torch.set_flush_denormal(True)  # measured: 0.5 for 0.9 s a step of gumbel at a low temperature, the same loss
     try:
         main()
     except (ValueError, OSError) as e:

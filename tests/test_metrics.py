@@ -204,6 +204,8 @@ def test_the_tokenizers_record_says_how_it_came_about(vq, pictures, tmp_path, mo
     figures = record["figures"]
     assert np.isclose(figures["psnr"], psnr(again, images).mean()) and figures["n"] == 6
     assert np.isclose(figures["ssim"], ssim(again, images).mean())
+    steps = [sum(float(x.diff(dim=d).abs().mean()) for d in (2, 3)) for x in (again, images)]
+    assert np.isclose(figures["sharpness"], steps[0] / steps[1])
     (m1, c1), (m2, c2) = (moments(extract(x).numpy()) for x in (images, again))
     assert np.isclose(figures["rFID"], frechet(m1, c1, m2, c2), rtol=1e-4)
 
