@@ -253,8 +253,21 @@ class GumbelQuantizer(Quantizer):
     The mixture is a Gumbel-softmax sample while training (step given), and the likeliest code else.  Temperature
     1 -> 1/16 and KL weight 0 -> 6.6, both on cosine schedules; the KL to the uniform distribution, in nats, is
     summed over a picture's codes and divided by its 3 H W values as DALL-E divides the whole bound, which is
-    1 / (3 stride^2) a code.  arXiv:2102.12092 sec. 2.1 and appendix A.2.
+    1 / (3 stride^2) a code.  arXiv:2102.12092 sec. 2.1 and appendix A.2.  Our choice: the first batch sets the logits to
+    mean 0 for each code and variance 1, as else few codes begin ahead and the others never learn.
     """
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.register_buffer("shift", torch.zeros(cfg.n_codes))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_load_state_dict_pre_hook(self.fill_in)
+
+    @staticmethod
+    def fill_in(self, state, prefix, *_):
+        """Let a checkpoint without shift and scale keep its logits as they are."""
+        for name in ("shift", "scale"):
+            state.setdefault(prefix + name, getattr(self, name))
 
     @staticmethod
     def widths(cfg):
@@ -264,7 +277,7 @@ class GumbelQuantizer(Quantizer):
         self.codebook = nn.Parameter(codes)
 
     def forward(self, z, step=None):
-        logits = z.float()  # (N, V)
+        logits = (z.float() - self.shift) * self.scale  # (N, V)
         codes = logits.argmax(1)
         if step is None:
             return self.lookup(codes), codes, logits.new_zeros(())
@@ -275,8 +288,13 @@ class GumbelQuantizer(Quantizer):
         weight = cosine(step, cfg.kl_steps, 0.0, cfg.kl_weight) / (3 * cfg.stride**2)
         return soft @ self.norm(self.codebook), codes, weight * kl
 
+    @torch.no_grad()
     def start(self, z):
-        """Nothing to do: logits have no clusters."""
+        good = z.isfinite().all(1, keepdim=True)
+        z, n = torch.where(good, z.float(), self.shift), reduce_sum(good.sum()).clamp_min(1)
+        self.shift.copy_(reduce_sum(z.sum(0)) / n)
+        variance = reduce_sum(((z - self.shift).square() * good).sum()) / (n * z.shape[1])
+        self.scale.copy_(variance.clamp_min(1e-12).rsqrt())
 
 
 class FSQQuantizer(Quantizer):

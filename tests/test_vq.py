@@ -107,6 +107,31 @@ def test_gumbel_loss_and_schedules():
     assert nearness[1] < 0.3 * nearness[0], "a low temperature takes nearly one code"
 
 
+def start_logits(z):
+    quantizer = QUANTIZERS["gumbel"](replace(SMALL, quantizer="gumbel"))
+    p = Processes("cpu")
+    quantizer.start(z.chunk(p.world)[p.rank])
+    return p.gather((quantizer.shift, quantizer.scale))
+
+
+def test_gumbel_starts_without_a_favourite():
+    """Logits of mean 0 for each code and variance 1 in all, whatever overflows; on two processes the same."""
+    z = 0.02 * torch.randn(200, 16) + torch.randn(16)
+    z[7, 3] = torch.inf
+    ((shift, scale),) = start_logits(z)
+    kept = (torch.cat([z[:7], z[8:]]) - shift) * scale
+    assert kept.mean(0).abs().max() < 1e-4 and abs(kept.square().mean() - 1) < 1e-4
+    for other in fork(2, start_logits, z):
+        assert torch.allclose(other[0], shift, atol=1e-5) and torch.allclose(other[1], scale, rtol=1e-4)
+
+
+def test_a_gumbel_tokenizer_without_a_start_keeps_its_logits():
+    quantizer, z = QUANTIZERS["gumbel"](replace(SMALL, quantizer="gumbel")), torch.randn(30, 16)
+    old = {k: v for k, v in quantizer.state_dict().items() if k not in ("shift", "scale")}
+    quantizer.load_state_dict(old)
+    assert quantizer(z)[1].equal(z.argmax(1)) and len(old) == 2
+
+
 @pytest.mark.parametrize("n_codes", [16, 240, 1000, 1024])
 def test_fsq_reaches_every_code_and_returns_to_it(n_codes):
     cfg = replace(SMALL, quantizer="fsq", n_codes=n_codes)
