@@ -63,6 +63,7 @@ class VQConfig:
 # --- quantizers ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def nearest_code(z, codebook, most=2**22):
     """Index of the nearest codebook entry.
 
@@ -71,9 +72,12 @@ def nearest_code(z, codebook, most=2**22):
     """
     with torch.autocast(z.device.type, enabled=False):
         z, codebook = z.float(), codebook.float()
-        norm = codebook.square().sum(1)  # (V,)
-        parts = z.split(max(1, most // len(codebook)))
-        return torch.cat([torch.addmm(norm, part, codebook.t(), alpha=-2).argmin(1) for part in parts])
+        norm, rows = codebook.square().sum(1), max(1, most // len(codebook))
+        codes = torch.empty(len(z), dtype=torch.long, device=z.device)
+        distances = z.new_empty(min(rows, len(z)), len(codebook))  # one for all parts: new ones leave holes in the heap
+        for part, out in zip(z.split(rows), codes.split(rows)):
+            out.copy_(torch.addmm(norm, part, codebook.t(), alpha=-2, out=distances[: len(part)]).argmin(1))
+        return codes
 
 
 def pick_rows(z, index):
