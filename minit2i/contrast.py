@@ -15,12 +15,13 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
-from minit2i.gpt import Encoder, Head, Linear, check
+from minit2i.blocks import Head, Linear, init_weights
+from minit2i.gpt import Encoder, check
+from minit2i.parallel import processes
 
 HOTTEST = math.log(100)  # CLIP sec. 2.5: logits are multiplied by 100 at most
 
@@ -46,9 +47,8 @@ def hide_words(text, n_vocab, mask, generator=None):
 
 def everyones(x):
     """x (b, D) of each process, as many in all -> (B, D), whose gradients find back; the place of the own ones."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return x, 0
-    return torch.cat(all_gather(x.contiguous())), dist.get_rank() * len(x)
+    rank, world = processes()
+    return (torch.cat(all_gather(x.contiguous())), rank * len(x)) if world > 1 else (x, 0)
 
 
 def info_nce(text, image, scale):
@@ -85,10 +85,7 @@ class Contrast(nn.Module):
         self.text_head = Head(cfg, cfg.n_vocab)
         self.text_out, self.image_out = Linear(cfg.n_embd, cfg.n_embd), Linear(cfg.n_embd, cfg.n_embd)
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # CLIP sec. 2.5
-        for name, p in self.named_parameters():  # as in GPT
-            if p.dim() >= 2:
-                joins = name.endswith(("attn.out.weight", "mlp.down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if joins else 0.02)
+        init_weights(self, cfg.n_layer)
 
     def hide(self, text, generator=None):
         return hide_words(text, self.cfg.n_vocab, len(self.embedding.weight) - 1, generator)

@@ -156,7 +156,7 @@ def text_loss(model, text, codes):
 
     CogView, arXiv:2105.13290 sec. 3.2 (the mean over tokens, not the sum).
     """
-    target = text[:, 1:].masked_fill(text[:, 1:] >= model.cfg.n_vocab, -100)
+    target = model.text_targets(text)
     loss = F.cross_entropy(model.logits(text, codes)[0].float().mT, target, reduction="none")  # (B, T-1)
     return loss.sum(1) / (target >= 0).sum(1).clamp_min(1)
 

@@ -10,7 +10,8 @@ from test_train import PRIOR_FLAGS, call, equal, losses, pictures, vq  # noqa: F
 
 import sample
 import train_prior
-from minit2i.gpt import GPT, Cache, CrossAttention, GPTConfig
+from minit2i.blocks import CrossAttention
+from minit2i.gpt import GPT, Cache, GPTConfig
 from minit2i.sample import SampleConfig, generate
 
 PARTI = replace(TINY, n_encoder=2, mask="conv", grid_h=3, grid_w=4)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from minit2i.attention import Layout, attend, dense, flex, grouped
-from minit2i.gpt import GPT, Cache, GPTConfig, RMSNorm
+from minit2i.blocks import RMSNorm
+from minit2i.gpt import GPT, Cache, GPTConfig
 from minit2i.masks import MASKS, layer_masks, picture
 
 TINY = GPTConfig(  # GPT-2's choices; VARIANTS has the others
