@@ -13,12 +13,12 @@ import time
 from dataclasses import replace
 
 import torch
-from PIL import Image, ImageDraw
 from torch.func import functional_call
 
 from minit2i.flags import new_parser
 from minit2i.fp16 import BlockScaler, PBLayerNorm
 from minit2i.gpt import GPT, GPTConfig
+from minit2i.plot import plot, smooth
 from minit2i.train import Processes, run, save_image
 
 TOY = GPTConfig(
@@ -106,38 +106,10 @@ def train(steps, batch, lr, scores, branches, half=True, pb_norm=False, float32_
     return losses, "", skipped
 
 
-def plot(results, steps, w=560, h=360):
-    """Loss against step, a cross where a run ended early, names beside."""
-    colors = "#111111 #2563eb #059669 #d97706 #9333ea #0891b2 #dc2626 #65a30d #be185d #9ca3af".split()
-    curves = {
-        name: [sum(losses[max(0, k - 4) : k + 1]) / len(losses[max(0, k - 4) : k + 1]) for k in range(len(losses))]
-        for name, (losses, _, _) in results.items()  # means of five steps
-    }
-    top, bottom = (
-        max(map(max, filter(None, curves.values()))) + 0.05,
-        min(map(min, filter(None, curves.values()))) - 0.05,
-    )
-    sheet, left, low = Image.new("RGB", (w + 270, h), "white"), 40, h - 24
-    draw = ImageDraw.Draw(sheet)
-    draw.line([(left, 12), (left, low), (w, low)], fill="#888888")
-    for value, y in ((top, 12), (bottom, low - 12)):
-        draw.text((4, y), f"{value:.2f}", fill="#444444")
-    draw.text((w - 56, low + 6), f"{steps} steps", fill="#444444")
-    for i, ((name, curve), color) in enumerate(zip(curves.items(), colors)):
-        points = [
-            (left + (w - left) * k / steps, low - (low - 12) * (loss - bottom) / (top - bottom))
-            for k, loss in enumerate(curve)
-        ]
-        if len(points) > 1:
-            draw.line(points, fill=color, width=2)
-        if points and len(points) < steps:
-            x, y = points[-1]
-            draw.line([(x - 5, y - 5), (x + 5, y + 5)], fill=color, width=2)
-            draw.line([(x - 5, y + 5), (x + 5, y - 5)], fill=color, width=2)
-        draw.line([(w + 12, 25 + 20 * i), (w + 34, 25 + 20 * i)], fill=color, width=4)
-        died = "" if len(points) == steps else f" (ended after {len(points)})"
-        draw.text((w + 42, 19 + 20 * i), name + died, fill="black")
-    return sheet
+def curves(results, steps):
+    """{run: what train gives} -> {name: points}, each the mean of five steps; names say where a run ended early."""
+    ended = {k: "" if len(v[0]) == steps else f" (ended after {len(v[0])})" for k, v in results.items()}
+    return {k + ended[k]: smooth([*enumerate(v[0], 1)], 5) for k, v in results.items()}
 
 
 def main():
@@ -162,7 +134,8 @@ def main():
         took = time.perf_counter() - start
         print(f"| {name:27} | {len(losses)} | {skipped} | {place or 'nothing'} | {last:.2f} | {took:.0f} |", flush=True)
         results[name] = losses, place, skipped
-    save_image(args.out, plot(results, args.steps), settings={k: v for k, v in vars(args).items() if k != "out"})
+    sheet = plot(curves(results, args.steps), "loss", 830, 360)
+    save_image(args.out, sheet, settings={k: v for k, v in vars(args).items() if k != "out"})
     print(f"{args.out} holds the curves")
 
 

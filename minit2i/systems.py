@@ -24,11 +24,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from minit2i.checkpoint import read_config, write_file
-from minit2i.compare import plot, smooth, train
+from minit2i.compare import train
 from minit2i.data import DataConfig, grid_image, split
 from minit2i.flags import add_flags, new_parser, pick
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.metrics import recall, scene_accuracy
+from minit2i.plot import plot, smooth
 from minit2i.recipes import RECIPES, defaults
 from minit2i.sample import Painter, SampleConfig, file_hash
 from minit2i.train import n_params, pick_device, read_log, run, save_image

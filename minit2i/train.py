@@ -16,12 +16,12 @@ from typing import Annotated
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from minit2i.checkpoint import write_file
 from minit2i.parallel import DTYPES
+from minit2i.plot import beside, plot
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def optimizer_step(model, optimizer, scaler, cfg, step):
 
 
 class Log:
-    """log.jsonl, one line per record, and loss.png drawn from it.  Silent on all but the first process."""
+    """log.jsonl, one line per record, and pictures beside it.  Silent on all but the first process."""
 
     def __init__(self, folder, main, step):
         self.path, self.main, self.time = Path(folder, "log.jsonl"), main, time.time()
@@ -318,20 +318,29 @@ class Log:
         """Write an evaluation's values, draw the curves of `keys` and save a sheet of pictures; its time does not count."""
         self.write(step=step, **values)
         if self.main:
-            plot_log(self.path.parent, keys)
-            if sheet is not None:
-                save_image(self.path.with_name(f"{name}-{step:06d}.png"), sheet, **text)
+            save_image(self.path.with_name("loss.png"), self.curves(keys))
+        if self.main and sheet is not None:
+            save_image(self.path.with_name(f"{name}-{step:06d}.png"), sheet, **text)
         self.time = time.time()
+
+    def curves(self, keys):
+        """A panel for each key that was logged, in training and in validation (val_ + key)."""
+        records, panels = read_log(self.path), []
+        for key in keys:
+            found = {}
+            for r in records:
+                for k in (key, f"val_{key}"):
+                    if math.isfinite(r.get(k, math.nan)):
+                        found.setdefault(k, []).append((r["step"], r[k]))
+            if found:
+                panels.append(plot(found, f"{key}, at last {[*found.values()][-1][-1][1]:.4g}", 460, 240))
+        return beside(panels)
 
     def write(self, **record):
         if self.main:
             with open(self.path, "a") as f:
-                f.write(
-                    json.dumps(
-                        {k: round(v, 6) if isinstance(v, float) and abs(v) > 1e-3 else v for k, v in record.items()}
-                    )
-                    + "\n"
-                )
+                short = {k: round(v, 6) if isinstance(v, float) and abs(v) > 1e-3 else v for k, v in record.items()}
+                f.write(json.dumps(short) + "\n")
 
 
 def read_log(path):
@@ -341,40 +350,6 @@ def read_log(path):
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
-
-
-def plot_log(folder, keys):
-    """loss.png from log.jsonl: a panel for each key, training thin and validation (val_ + key) thick."""
-    records = read_log(Path(folder, "log.jsonl"))
-    w, h, pad = 460, 240, 44
-    sheet = Image.new("RGB", (w * len(keys), h), "white")
-    draw = ImageDraw.Draw(sheet)
-    for panel, key in enumerate(keys):
-        curves = [
-            ([(r["step"], r[k]) for r in records if k in r and math.isfinite(r[k])], color, width)
-            for k, color, width in ((key, "#9db8d9", 1), (f"val_{key}", "#c2410c", 2))
-        ]
-        points = [p for c, _, _ in curves for p in c]
-        if not points:
-            continue
-        xs, ys = [p[0] for p in points], sorted(p[1] for p in points)
-        top, low = ys[int(0.99 * (len(ys) - 1))], ys[0]  # the first few steps would flatten all that follows
-        x0, x1, y0, y1 = panel * w + pad, (panel + 1) * w - 12, h - 26, 22
-
-        def at(p):
-            return (x0 + (x1 - x0) * p[0] / max(*xs, 1), y0 + (y1 - y0) * min(1.0, (p[1] - low) / max(top - low, 1e-9)))
-
-        draw.line([(x0, y1), (x0, y0), (x1, y0)], fill="#888888")
-        draw.text(
-            (x0, 4), f"{key}  (thick: validation {curves[1][0][-1][1]:.4g})" if curves[1][0] else key, fill="black"
-        )
-        for value, y in ((low, y0 - 6), (top, y1 - 4)):
-            draw.text((panel * w + 2, y), f"{value:.4g}", fill="#444444")
-        draw.text((x1 - 40, y0 + 6), f"{max(xs)}", fill="#444444")
-        for curve, color, width in curves:
-            if len(curve) > 1:
-                draw.line([at(p) for p in curve], fill=color, width=width)
-    save_image(Path(folder, "loss.png"), sheet)
 
 
 def save_image(path, image, **text):

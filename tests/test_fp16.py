@@ -203,4 +203,6 @@ def test_the_toy_experiment_shows_that_the_remedies_help(tmp_path):
     stability_runs = {name: stability.train(3, 2, 2e-3, 600, 300, **stability.RUNS[name]) for name in ("none", "all")}
     assert len(stability_runs["none"][0]) < 3 and stability_runs["none"][1]
     assert len(stability_runs["all"][0]) == 3
-    assert stability.plot(stability_runs, 3).size[1] == 360
+    shown = stability.curves(stability_runs, 3)
+    assert len(shown["all"]) == 1 and [k for k in shown if k.startswith("none (ended after ")]
+    assert stability.plot(shown, "loss").size == (560, 340)
