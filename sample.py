@@ -281,7 +281,7 @@ def main():
             failures.append(f"{prompt!r}: {e}")
 
         many = replace(cfg, n=args.best_of or cfg.n)
-        for prompt, codes in painter.draw(todo(), many, known, None, args.batch, bar, frames, failed):
+        for prompt, codes in painter.draw(todo(), many, known, args.batch, bar, frames, failed):
             scores = None
             if args.best_of:
                 loss = code_losses(painter, judge if args.rerank != "likelihood" else None, prompt, codes, args.batch)

@@ -67,12 +67,11 @@ def open_rgb(file, near=None):
     near: (height, width) that will do, so that a large JPEG need not be decoded in full.
     Raises BadEntry for what is empty, damaged, too large or no picture.
     """
-    if isinstance(file, bytes):
-        if not file:
-            raise BadEntry("empty file")
-        file = io.BytesIO(file)
     try:
-        with Image.open(file) as im:
+        raw = file if isinstance(file, bytes) else Path(file).read_bytes()
+        if not raw:
+            raise BadEntry("empty file")
+        with Image.open(io.BytesIO(raw)) as im:
             if im.width * im.height > MAX_PIXELS:
                 raise BadEntry("more than 100 megapixels")
             if near:
@@ -146,8 +145,11 @@ def grid_image(images, columns, gap=2):
 
 
 def caption_lines(raw):
-    """bytes of a .txt -> its captions, one a line, without empty ones."""
-    return [line.strip() for line in raw.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+    """bytes of a .txt -> its captions, one a line, without empty ones.  BadEntry if there is none."""
+    lines = [line.strip() for line in raw.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+    if not lines:
+        raise BadEntry("empty caption")
+    return lines
 
 
 # --- sources -----------------------------------------------------------------------------------------
@@ -191,22 +193,13 @@ class Folder:
         return " ".join(stamp)
 
     def picture(self, i, near=None):
-        try:
-            if os.path.getsize(self.paths[i]) == 0:
-                raise BadEntry("empty file")
-        except OSError:
-            raise BadEntry("missing file") from None
         return open_rgb(self.paths[i], near)
 
     def captions(self, i, rng=None):
         try:
-            with open(self.text_path(i), "rb") as f:
-                lines = caption_lines(f.read())
+            return caption_lines(Path(self.text_path(i)).read_bytes())
         except OSError:
             raise BadEntry("no caption file") from None
-        if not lines:
-            raise BadEntry("empty caption")
-        return lines
 
 
 class Shards:
@@ -263,10 +256,7 @@ class Shards:
         shard, _, _, part = self.entries[i]
         if part is None:
             raise BadEntry("no caption file")
-        lines = caption_lines(self.read(shard, part))
-        if not lines:
-            raise BadEntry("empty caption")
-        return lines
+        return caption_lines(self.read(shard, part))
 
 
 class Scenes:

@@ -11,20 +11,8 @@ from minit2i.checkpoint import load_tensors, read_config, save_model, write_file
 from minit2i.flags import new_parser
 from minit2i.train import run
 
-PRIVATE = (
-    "out",
-    "vq",
-    "cache",
-    "resume",
-    "init",
-    "finetune_decoder",
-    "super_resolution",
-    "vgg",
-    "text_encoder",
-    "init_lm",
-    "device",
-    "val_data",
-)  # settings that say where a run was, not what it was
+# settings that say where a run was, not what it was
+PRIVATE = "out vq cache resume init finetune_decoder super_resolution vgg text_encoder init_lm device val_data".split()
 
 
 def export(folder, out):

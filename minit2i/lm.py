@@ -22,13 +22,7 @@ from minit2i.checkpoint import read_config, read_hf, write_file
 from minit2i.gpt import GPTConfig
 from minit2i.tokens import Text
 
-LM_SHAPE = {
-    "pos": "sequence",
-    "norm": "rmsnorm",
-    "mlp": "swiglu",
-    "qk_norm": False,
-    "sandwich": False,
-}  # of the family's blocks
+LM_SHAPE = dict(pos="sequence", norm="rmsnorm", mlp="swiglu", qk_norm=False, sandwich=False)  # of the family's blocks
 PLAIN = {  # what config.json may say that these blocks do not do, with the values under which nothing is to be done
     "model_type": ("llama", "mistral"),
     "hidden_act": ("silu",),
@@ -195,12 +189,8 @@ class Windows(torch.utils.data.Dataset):
             start = p % len(self) * self.length
         else:
             start = int(np.random.default_rng((self.seed, p)).integers(len(self.tokens) - self.length + 1))
-        return (
-            self.tokens[start : start + self.length],
-            torch.zeros(1, dtype=torch.long),
-            torch.zeros(0, dtype=torch.long),
-            0,
-        )
+        code = torch.zeros(1, dtype=torch.long)
+        return self.tokens[start : start + self.length], code, code[:0], 0
 
 
 def text_windows(paragraphs, text, val_fraction, seed):

@@ -13,19 +13,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from minit2i.scenes import (
-    BACKGROUNDS,
-    CATEGORIES,
-    COLORS,
-    FILLS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Object,
-    Scene,
-    outline,
-    render,
-)
+from minit2i.scenes import BACKGROUNDS, CATEGORIES, COLORS, FILLS, RELATIONS, SHAPES, SIZES
+from minit2i.scenes import Object, Scene, outline, render
 
 FAR = 50  # RGB distance from the background that makes a pixel part of an object
 UNLIKE = 75  # RGB distance beyond which a colour is none of the palette; no two of those are nearer than 100
@@ -108,15 +97,8 @@ def read_scene(image):
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image).astype(np.float32)
     height, width, _ = pixels.shape
     short = min(height, width)
-    border = np.concatenate(
-        [
-            pixels[:2].reshape(-1, 3),
-            pixels[-2:].reshape(-1, 3),
-            pixels[:, :2].reshape(-1, 3),
-            pixels[:, -2:].reshape(-1, 3),
-        ]
-    )
-    ground = np.median(border, axis=0)  # (3,)
+    edges = pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]
+    ground = np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)  # (3,)
     offset = pixels - ground
     labels, _ = ndimage.label(np.linalg.norm(offset, axis=2) > FAR, np.ones((3, 3)))
 

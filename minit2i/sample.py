@@ -51,14 +51,7 @@ class SampleConfig:
     seed: Annotated[int, "picture i of a prompt is drawn with seed + i"] = 0
 
     def __post_init__(self):
-        for name, least in (
-            ("n", 1),
-            ("steps", 1),
-            ("temperature", 0),
-            ("top_k", 0),
-            ("cfg_scale", 0),
-            ("choice_noise", 0),
-        ):
+        for name, least in dict(n=1, steps=1, temperature=0, top_k=0, cfg_scale=0, choice_noise=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} is less than {least}")
         if not 0 < self.top_p <= 1:
@@ -283,10 +276,10 @@ class Painter:
         hidden = (codes < 0)[:, None].repeat_interleave(s, 2).repeat_interleave(s, 3)
         return images.masked_fill(hidden, 0.0)
 
-    def draw(self, prompts, cfg, known=None, low=None, batch=64, bar=None, watch=None, failed=None):
+    def draw(self, prompts, cfg, known=None, batch=64, bar=None, watch=None, failed=None):
         """Any number of prompts (an iterable), at most `batch` pictures at a time -> yields (prompt, codes (n, h, w)).
 
-        known, low: (1, h, w), of all pictures.  watch(prompts, codes (P, m, h, w)): called as they grow; bar: a
+        known (1, h, w): of all pictures.  watch(prompts, codes (P, m, h, w)): called as they grow; bar: a
         tqdm bar that counts prompts.  failed(prompt, error): called for a prompt that cannot be drawn, which is
         then left out; without it the error is raised.
         """
@@ -294,7 +287,7 @@ class Painter:
         def batches(some):
             for i in range(0, cfg.n, batch):  # pictures of one prompt may not fit into one batch
                 part = replace(cfg, n=min(batch, cfg.n - i), seed=cfg.seed + i)
-                given = [None if x is None else x.expand(len(some) * part.n, -1, -1) for x in (known, low)]
+                given = None if known is None else known.expand(len(some) * part.n, -1, -1)
 
                 def grown(codes):
                     if bar is not None:
@@ -302,7 +295,7 @@ class Painter:
                     if watch:
                         watch(some, codes.unflatten(0, (len(some), part.n)))
 
-                codes = self.codes(some, part, *given, grown if bar is not None or watch else None)
+                codes = self.codes(some, part, given, watch=grown if bar is not None or watch else None)
                 yield codes.unflatten(0, (len(some), part.n))
 
         def attempt(some):
@@ -322,10 +315,10 @@ class Painter:
             if bar is not None:
                 bar.update(len(some))
 
-    def paint(self, prompts, cfg, batch=64, bar=False, **how):
+    def paint(self, prompts, cfg, batch=64, bar=False):
         """As `draw`, but yields (prompt, images (n, 3, H, W)); bar: whether to show one."""
         with Bar(len(prompts), disable=not bar) as shown:
-            for prompt, codes in self.draw(prompts, cfg, batch=batch, bar=shown if bar else None, **how):
+            for prompt, codes in self.draw(prompts, cfg, batch=batch, bar=shown if bar else None):
                 yield prompt, torch.cat([self.images(part) for part in codes.split(batch)])
 
 

@@ -60,17 +60,16 @@ def provoke(model, scores, branches):
                 w *= branches
 
 
-def train(steps, batch, lr, scores, branches, half=True, pb_norm=False, float32_parts=False, loss_scale=False,
-          block_scale=False, **fields):  # fmt: skip
-    """-> losses of the steps survived, the first place that was not finite (or ""), updates skipped."""
+def train(args, half=True, pb_norm=False, float32_parts=False, loss_scale=False, block_scale=False, **fields):
+    """args: of the command -> losses of the steps survived, the first place that was not finite (or ""), updates skipped."""
     torch.manual_seed(0)
     model, p = GPT(replace(TOY, **fields)), Processes("cpu")
-    provoke(model, scores, branches)
+    provoke(model, args.scores, args.branches)
     for m in model.modules():
         if isinstance(m, PBLayerNorm) and not pb_norm:
             m.forward = m.plain
     scaler = BlockScaler(model, p) if block_scale else torch.amp.GradScaler("cpu", enabled=loss_scale)
-    optimizer, losses, places, skipped = torch.optim.AdamW(model.parameters(), lr), [], [], 0
+    optimizer, losses, places, skipped = torch.optim.AdamW(model.parameters(), args.lr), [], [], 0
 
     def watch(name):
         def hook(module, args, out):
@@ -81,8 +80,8 @@ def train(steps, batch, lr, scores, branches, half=True, pb_norm=False, float32_
 
     for name, m in model.named_modules():
         m.register_forward_hook(watch(name or "loss"))
-    for step in range(steps):
-        text, codes = stripes(step, batch)
+    for step in range(args.steps):
+        text, codes = stripes(step, args.batch)
         weights = dict(model.named_parameters())
         if half and not float32_parts:
             weights = {k: w.half() for k, w in weights.items()}
@@ -129,7 +128,7 @@ def main():
     )
     for name, how in RUNS.items():
         start = time.perf_counter()
-        losses, place, skipped = train(args.steps, args.batch, args.lr, args.scores, args.branches, **how)
+        losses, place, skipped = train(args, **how)
         last = sum(losses[-10:]) / len(losses[-10:]) if losses else math.nan
         took = time.perf_counter() - start
         print(f"| {name:27} | {len(losses)} | {skipped} | {place or 'nothing'} | {last:.2f} | {took:.0f} |", flush=True)

@@ -142,9 +142,7 @@ def load_t5(folder, dtype=torch.float32):
 def folder_hash(folder):
     """16 digits that tell one text encoder from another: small files, and sizes and last MiB of the weights."""
     digest = hashlib.sha256()
-    for path in sorted(
-        [*Path(folder).glob("*.json"), *Path(folder).glob("*.model"), *Path(folder).glob("*.safetensors")]
-    ):
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".model", ".safetensors")):
         with open(path, "rb") as f:
             size = f.seek(0, os.SEEK_END)
             f.seek(max(0, size - 2**20))

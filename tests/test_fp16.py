@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,7 +201,8 @@ def test_a_block_that_overflowed_is_not_updated_and_the_others_are_as_without_sc
 
 
 def test_the_toy_experiment_shows_that_the_remedies_help(tmp_path):
-    stability_runs = {name: stability.train(3, 2, 2e-3, 600, 300, **stability.RUNS[name]) for name in ("none", "all")}
+    args = SimpleNamespace(steps=3, batch=2, lr=2e-3, scores=600, branches=300)
+    stability_runs = {name: stability.train(args, **stability.RUNS[name]) for name in ("none", "all")}
     assert len(stability_runs["none"][0]) < 3 and stability_runs["none"][1]
     assert len(stability_runs["all"][0]) == 3
     shown = stability.curves(stability_runs, 3)

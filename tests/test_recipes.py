@@ -12,7 +12,7 @@ from minit2i.checkpoint import read_config
 from minit2i.data import DataConfig
 from minit2i.flags import parse_flags
 from minit2i.gpt import GPT, GPTConfig
-from minit2i.recipes import RECIPES, recipe
+from minit2i.recipes import RECIPES
 from minit2i.train import TrainConfig
 from minit2i.vq import VQ, VQConfig
 from train_prior import PriorTrainConfig
@@ -28,7 +28,7 @@ def flags(name, stage, *more):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_both_scripts_take_it_and_their_models_can_be_built(name):
-    for config, values in recipe(name).items():
+    for config, values in RECIPES[name].items():
         assert set(values) <= set(CONFIGS[config].__dataclass_fields__), config
         assert all(type(v) is type(getattr(CONFIGS[config], k)) for k, v in values.items())
     vq_cfg, data_cfg, _ = flags(name, "vq")
@@ -36,7 +36,7 @@ def test_both_scripts_take_it_and_their_models_can_be_built(name):
     with torch.device("meta"):
         grid = VQ(vq_cfg).grid(*[int(data_cfg.size or 64)] * 2)
         GPT(replace(cfg, n_vocab=train.vocab_size, n_codes=vq_cfg.n_codes, grid_h=grid[0], grid_w=grid[1]))
-    for key, value in recipe(name)["GPTConfig"].items():
+    for key, value in RECIPES[name]["GPTConfig"].items():
         assert getattr(cfg, key) == value
 
 
