@@ -46,12 +46,8 @@ def flags():
     add("--enlarge", help="a prior of --low that enlarges what was drawn, or --image")
     add("--times", type=int, default=1, help="how often --enlarge enlarges [1]")
     add("--best_of", type=int, default=0, help="pictures drawn of each prompt, of which the best --n are kept")
-    add(
-        "--rerank",
-        default="caploss",
-        choices=("contrastive", "caploss", "likelihood"),
-        help="the score of --best_of [caploss]",
-    )
+    scores = "contrastive", "caploss", "likelihood"
+    add("--rerank", default="caploss", choices=scores, help="the score of --best_of [caploss]")
     add("--captioner", help="the prior of --order image that tells the loss of the caption")
     add("--towers", help="the model of --objective contrast that --rerank contrastive scores with")
     add("--every", type=int, default=0, help="an animated PNG of the growing pictures, a frame every so many codes")

@@ -136,12 +136,12 @@ def main():
     args = parser.parse_args()
     device = torch.device(args.device)
     precision = pick_precision(args.precision, device)
+    cfg = replace(PRIOR, text_len=args.text_len, grid_h=args.grid, grid_w=args.grid) if args.masks else PRIOR
+    print(
+        f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}, batch {args.batch}; "
+        f"prior {cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.text_len}+{cfg.n_image} positions"
+    )
     if args.masks:
-        cfg = replace(PRIOR, text_len=args.text_len, grid_h=args.grid, grid_w=args.grid)
-        print(
-            f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}, batch {args.batch};"
-        )
-        print(f"prior {cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.text_len}+{cfg.n_image} positions")
         return mask_table(cfg, args.batch, device, precision, args.rounds, args.compile)
     dtype = DTYPES[precision]
     n = 2048 if device.type == "cpu" else 8192
@@ -166,10 +166,6 @@ def main():
     }
     t = medians(work, device, args.rounds)
     peak, flops = 2 * n**3 / t["matrix product"], args.batch * training_flops(PRIOR)
-    print(
-        f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}; "
-        f"prior {PRIOR.n_layer} layers, {PRIOR.n_embd} wide, {PRIOR.text_len}+{PRIOR.n_image} positions"
-    )
     print(f"matrix product {n}^3     {peak / 1e12:8.2f} TFLOP/s")
     print(
         f"train prior, batch {args.batch:3}  {args.batch * PRIOR.length / t['train prior']:8.0f} tokens/s, "

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 
-from minit2i.parallel import gather, is_sharded
+from minit2i.parallel import gather, is_sharded, processes
 
 
 def write_file(path, data):
@@ -123,7 +123,7 @@ def write_state(folder, tensors, meta):
 
     The file comes last and appears at once: until then the state is the one before.
     """
-    main = not (dist.is_initialized() and dist.get_rank())
+    main = processes()[0] == 0
     if is_sharded(tensors):
         shards = f"step-{meta['step']:06d}"
         if main:

@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,15 @@ def parse_size(size):
 # --- pictures ----------------------------------------------------------------------------------------
 
 
+FAULTS = (
+    (Image.DecompressionBombError, "more than 100 megapixels"),
+    (Image.UnidentifiedImageError, "not a picture"),
+    (FileNotFoundError, "missing file"),
+    (PermissionError, "no permission"),
+    (Exception, "damaged picture"),  # Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error, ...
+)
+
+
 def open_rgb(file, near=None):
     """Any picture file (path or bytes) -> PIL RGB image, upright, transparency on white.
 
@@ -90,16 +100,8 @@ def open_rgb(file, near=None):
             return im.convert("RGB")
     except BadEntry:
         raise
-    except Image.DecompressionBombError:
-        raise BadEntry("more than 100 megapixels") from None
-    except Image.UnidentifiedImageError:
-        raise BadEntry("not a picture") from None
-    except FileNotFoundError:
-        raise BadEntry("missing file") from None
-    except PermissionError:
-        raise BadEntry("no permission") from None
-    except Exception:  # Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error, ... for damage
-        raise BadEntry("damaged picture") from None
+    except Exception as e:
+        raise BadEntry(next(why for kind, why in FAULTS if isinstance(e, kind))) from None
 
 
 def crop(im, size, resize=0, flip=False, rng=None):
@@ -398,8 +400,7 @@ class Skipped:
                     self.say(f"skipped {key}: {reason}" + ("; no more are named" if len(self.why) == 100 else ""))
 
     def counts(self):
-        reasons = sorted(set(self.why.values()))
-        return {r: sum(v == r for v in self.why.values()) for r in reasons}
+        return dict(sorted(Counter(self.why.values()).items()))
 
     def __str__(self):
         parts = ", ".join(f"{n} {r}" for r, n in self.counts().items())

@@ -128,18 +128,14 @@ def scene_accuracy(painter, cfg, n=500, batch=250, say=print):
         for category in CATEGORIES:
             prompts = scene_prompts(category, held_out, n)
             pictures = painter.paint([p[0] for p in prompts], replace(cfg, n=1), batch=batch, bar=False)
-            results += [
-                (category, check_scene(to_pil(images[0]), claim, category))
-                for (_, images), (_, claim, _) in zip(pictures, prompts)
-            ]
+            for (_, images), (_, claim, _) in zip(pictures, prompts):
+                results.append((category, check_scene(to_pil(images[0]), claim, category)))
             for first in range(0, 0 if held_out else n, batch):
                 some = prompts[first : first + batch]
                 images = torch.stack([crop(render(scene, *painter.size), painter.size) for _, _, scene in some])
                 images = painter.vq.decode(painter.vq.encode(images.to(painter.device)))
-                roundtrip += [
-                    (category, check_scene(to_pil(image), claim, category))
-                    for image, (_, claim, _) in zip(images, some)
-                ]
+                for image, (_, claim, _) in zip(images, some):
+                    roundtrip.append((category, check_scene(to_pil(image), claim, category)))
             say(f"{split:8} {category:18} {score_scenes(results)[category]:.1%}")
         table[split] = score_scenes(results)
         if not held_out:
@@ -178,7 +174,10 @@ def picture_latents(painter, images, batch=64):
     return torch.cat(parts).flatten(1).float()
 
 
-def recall(painter, cfg, prompts, among=(), ignore=r" with .*skin tone$"):
+TONE = r" with .*skin tone$"  # what of an emoji's caption is not its concept
+
+
+def recall(painter, cfg, prompts, among=(), ignore=TONE):
     """Draw one picture per caption of a folder; is the nearest of many pictures the caption's own?
 
     prompts: folder of captioned pictures, each caption a prompt; among: further folders whose pictures compete.
@@ -211,9 +210,8 @@ def recall(painter, cfg, prompts, among=(), ignore=r" with .*skin tone$"):
 
     own = sum(i == k for k, i in enumerate(nearest)) / n
     same = sum(concept(captions[i]) == concept(captions[k]) for k, i in enumerate(nearest)) / n
-    return {"own": own, "concept": same, "n": n, "pictures": len(images)}, [
-        (captions[k], captions[i]) for k, i in enumerate(nearest)
-    ]
+    pairs = [(captions[k], captions[i]) for k, i in enumerate(nearest)]
+    return {"own": own, "concept": same, "n": n, "pictures": len(images)}, pairs
 
 
 # --- the commands ------------------------------------------------------------------------------------
@@ -241,24 +239,16 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True)
     scenes = commands.add_parser("scenes", help="a prior's accuracy on generated scenes, by category")
     scenes.add_argument("--prompts_per_category", type=int, default=500)
-    compose = commands.add_parser(
-        "recall", help="how often the picture drawn for a caption is nearest to the caption's own"
-    )
+    compose = commands.add_parser("recall", help="how often the picture drawn for a caption is nearest to its own")
     compose.add_argument("--prompts", required=True, help="folder of captioned pictures")
     compose.add_argument("--among", nargs="*", default=[], help="further folders whose pictures compete")
-    compose.add_argument(
-        "--ignore", default=r" with .*skin tone$", help="what of a caption is not the concept: a pattern"
-    )
-    rerank = commands.add_parser(
-        "rerank", help="what choosing the best of --n pictures of a scene gains, by each score"
-    )
+    compose.add_argument("--ignore", default=TONE, help="what of a caption is not the concept: a pattern")
+    rerank = commands.add_parser("rerank", help="what choosing the best of --n pictures of a scene gains, by score")
     rerank.add_argument("--prompts_per_category", type=int, default=50)
     rerank.add_argument("--captioner", help="a prior of --order image, for the loss of the caption (CapLoss)")
     rerank.add_argument("--towers", help="a model of --objective contrast")
     for command in (scenes, compose, rerank):
-        command.add_argument(
-            "--model", default=str(PRETRAINED), help="checkpoint folder of a prior [the one that ships]"
-        )
+        command.add_argument("--model", default=str(PRETRAINED), help="folder of a prior [the one that ships]")
         add_flags(command, SampleConfig)
     tokenizer = commands.add_parser("tokenizer", help="PSNR, SSIM, code use and rFID of a tokenizer")
     tokenizer.add_argument("--model", required=True, help="checkpoint folder of a tokenizer")
@@ -268,15 +258,12 @@ def make_parser():
     sets.add_argument("--fake", required=True, help="pictures to judge, as sample.py writes them into a folder")
     sets.add_argument("--radii", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="blurs in pixels [0 1 2 4 8]")
     for command in (tokenizer, sets):
-        command.add_argument(
-            "--features", default="inception", help="'inception', a file of its weights, or a tokenizer's folder"
-        )
-        command.add_argument(
-            "--size", default="", help="crop to 64 or HEIGHTxWIDTH [the tokenizer's, the first fake's]"
-        )
-        command.add_argument("--n", type=int, default=0, help="look at the first n pictures; 0: all [0]")
-        command.add_argument("--cache", default="out/cache", help="where features are kept [out/cache]")
-        command.add_argument("--workers", type=int, default=2, help="loader processes [2]")
+        add = command.add_argument
+        add("--features", default="inception", help="'inception', a file of its weights, or a tokenizer's folder")
+        add("--size", default="", help="crop to 64 or HEIGHTxWIDTH [the tokenizer's, the first fake's]")
+        add("--n", type=int, default=0, help="look at the first n pictures; 0: all [0]")
+        add("--cache", default="out/cache", help="where features are kept [out/cache]")
+        add("--workers", type=int, default=2, help="loader processes [2]")
     for command in commands.choices.values():
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
         command.add_argument("--out", help="write the figures, settings and model hash to this JSON file")
@@ -304,11 +291,9 @@ def measure_prior(args):
         figures, pairs = recall(painter, cfg, args.prompts, args.among, args.ignore)
         for prompt, found in pairs:
             print(f"{prompt}  ->  {found}")
-        print(
-            "own picture {own:.1%}, right concept {concept:.1%} of {n} captions, among {pictures} pictures".format(
-                **figures
-            )
-        )
+        own, concept = (f"{figures[k]:.1%}" for k in ("own", "concept"))
+        among = f"of {figures['n']} captions, among {figures['pictures']} pictures"
+        print(f"own picture {own}, right concept {concept} {among}")
     return {"figures": figures, "settings": asdict(cfg), "model": painter.hash}
 
 

@@ -67,14 +67,12 @@ def activation_bytes(cfg, precision):
         model = GPT(replace(small, n_layer=n_layer))
         weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
         copies = {w.numel() for w in model.parameters()}  # autocast's, in half precision
-        seen = {}
+        seen = {}  # tensors too, so that no other gets their place
 
         def pack(t):
-            if t.untyped_storage().data_ptr() not in weights and t.numel() not in copies:
-                seen[t.untyped_storage().data_ptr()] = (
-                    t.untyped_storage().nbytes(),
-                    t,
-                )  # kept, so that no other gets its place
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in weights and t.numel() not in copies:
+                seen[storage.data_ptr()] = storage.nbytes(), t
             return t
 
         text, codes = torch.zeros(1, 63, dtype=torch.long), torch.zeros(1, 24 * 24, dtype=torch.long)
@@ -94,13 +92,8 @@ def plan(cfg, train_cfg, precision, world):
     sequences = train_cfg.batch_size / world / train_cfg.accum
     layer = activation_bytes(cfg, precision)
     if cfg.n_encoder:  # its blocks are shorter; a decoder block's share of the rest is taken as its own
-        layer += (
-            activation_bytes(replace(cfg, n_encoder=0), precision)
-            * cfg.text_len
-            / cfg.length
-            * cfg.n_encoder
-            / cfg.n_layer
-        )
+        share = cfg.text_len / cfg.length * cfg.n_encoder / cfg.n_layer
+        layer += activation_bytes(replace(cfg, n_encoder=0), precision) * share
     muon = train_cfg.optimizer == "muon"  # keeps one moment of a matrix, not two
     entering = cfg.length * cfg.n_embd * 4  # a float32 residual stream
     logits = 4 * (cfg.text_len * cfg.n_vocab * cfg.text_loss + cfg.n_image * cfg.n_codes)

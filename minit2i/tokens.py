@@ -81,11 +81,8 @@ class Text:
         ]
         ids = []
         for s in symbols:
-            ids += (
-                [self.sp.piece_to_id(s)]
-                if s in self.rank
-                else [self.sp.piece_to_id(f"<0x{b:02X}>") for b in s.encode()]
-            )
+            names = [s] if s in self.rank else [f"<0x{b:02X}>" for b in s.encode()]
+            ids += [self.sp.piece_to_id(name) for name in names]
         return ids
 
     def merge(self, symbols, dropout, rng):

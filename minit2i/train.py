@@ -108,9 +108,8 @@ class Processes:
 
     def sum(self, values):
         """Sum each of a list of numbers over the processes -> list of floats."""
-        return self.total(
-            torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
-        ).tolist()
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        return self.total(torch.tensor(values, dtype=exact)).tolist()
 
     def gather(self, thing):
         """The same thing of every process, as a list."""
@@ -260,9 +259,7 @@ class EMA:
     def update(self, model, step):
         if self.decay:
             decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(
-                list(self.weights.values()), [p.float() for _, p in model.named_parameters()], 1 - decay
-            )
+            torch._foreach_lerp_([*self.weights.values()], [p.float() for p in model.parameters()], 1 - decay)
 
     def state_dict(self, model):
         """The model's state with averaged weights."""
