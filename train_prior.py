@@ -418,15 +418,11 @@ def main():
 
         if (step + 1) % cfg.log_every == 0:
             text_loss, image_loss = p.sum(sums.tolist())
-            log.write(
-                step=step + 1,
-                loss=cfg.text_weight * text_loss + cfg.image_weight * image_loss,
-                text_loss=text_loss,
-                image_loss=image_loss,
-                grad_norm=float(norm),
-                lr=optimizer.param_groups[0]["lr"],
-                tokens_per_s=log.rate(cfg.log_every * cfg.batch_size * model.cfg.length),
-            )
+            values = {"loss": cfg.text_weight * text_loss + cfg.image_weight * image_loss}
+            values |= {"text_loss": text_loss, "image_loss": image_loss}
+            values |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+            work = cfg.log_every * cfg.batch_size * model.cfg.length
+            log.write(step=step + 1, **values, tokens_per_s=log.rate(work))
     p.say(f"{cfg.out} holds step {step}; {data.skipped}; {int(p.sum([n_cut])[0])} captions were too long and were cut")
 
 

@@ -149,23 +149,18 @@ def evaluate(model, pictures, cfg, p):
     n, *sums = p.sum([len(mine), *totals.values(), *counts.tolist()])
     use, perplexity = code_stats(torch.tensor(sums[len(totals) :]))
     values = {name: total / n for name, total in zip(totals, sums)}
-    return (
-        values | {"code_use": use, "val_perplexity": perplexity},
-        [s for part in p.gather(skipped) for s in part],
-        sheet,
-    )
+    skipped = [s for part in p.gather(skipped) for s in part]
+    return values | {"code_use": use, "val_perplexity": perplexity}, skipped, sheet
 
 
 def gradients(forward, model, objective, parts, p, scaler, step):
     """Backward passes over the parts of a batch -> latents (N, C), codes (N,), {name: mean of a loss over the parts}."""
     latents, codes, sums = [], [], {}
     for k, images in enumerate(parts):
-        last = k == len(parts) - 1
+        last, small = k == len(parts) - 1, shrink(images, model.cfg.upscale)
         forward.require_backward_grad_sync = last
         with p.autocast():
-            maps, z, c, quantizer_loss = forward(
-                shrink(images, model.cfg.upscale), None if objective.cfg.frozen else step
-            )
+            maps, z, c, quantizer_loss = forward(small, None if objective.cfg.frozen else step)
             picture = model.picture(maps)
             loss, values = objective(maps, picture, images, model.last_weight, step, scaler.get_scale())
         loss = loss + quantizer_loss.float()

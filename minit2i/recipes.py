@@ -63,19 +63,17 @@ def defaults(name, configs):
     return {k: v for config in configs for k, v in parts.get(config.__name__, {}).items()}
 
 
+def as_flag(name, value):
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value:.4g}" if isinstance(value, float) else f"--{name} {value}"
+
+
 def explain(configs):
     """The end of --help: what each recipe sets of the fields of some config dataclasses."""
     lines = ["recipes:"]
     for name in RECIPES:
         known = {f.name: f.default for config in configs for f in fields(config)}
-        flags = " ".join(
-            (f"--{k}" if v else f"--no-{k}")
-            if isinstance(v, bool)
-            else f"--{k} {v:.4g}"
-            if isinstance(v, float)
-            else f"--{k} {v}"
-            for k, v in defaults(name, configs).items()
-            if v != known[k]
-        )
-        lines.append(f"  {name}: {flags}")
+        flags = (as_flag(k, v) for k, v in defaults(name, configs).items() if v != known[k])
+        lines.append(f"  {name}: {' '.join(flags)}")
     return "\n".join(lines)
