@@ -367,7 +367,6 @@ def main():
 
     # --- model and optimizer ---
     model = make_model(model_cfg, cfg, data)
-    n, n_text, n_image = n_params(model), model.cfg.text_len, model.cfg.n_image
     scaler = make_scaler(model, cfg, p)
     forward = parallelize(model, p, cfg, scaler)
     optimizer, ema = make_optimizer(model, cfg, cfg.optimizer == "muon"), EMA(model, cfg.ema)
@@ -381,8 +380,8 @@ def main():
         config["text_encoder"] = {"folder": str(Path(cfg.text_encoder).resolve()), "hash": data.text.hash}
     p.say(
         f"{len(data.train_set)} training and {len(data.val_set)} validation {'windows' if lm else 'pictures'}; "
-        f"{data.text.n_vocab} text tokens; {n_text}+{n_image} positions; {n / 1e6:.2f} M parameters; {p.precision} on "
-        f"{p.world} x {p.device.type}; from step {start} to {cfg.steps}"
+        f"{data.text.n_vocab} text tokens; {model.cfg.text_len}+{model.cfg.n_image} positions; "
+        f"{n_params(model) / 1e6:.2f} M parameters; {p}; from step {start} to {cfg.steps}"
     )
 
     # --- the loop ---
@@ -400,11 +399,8 @@ def main():
             p.say(f"\nstep {step}: val loss {', '.join(learned)} nats a token")
         if saving:
             save_run(p, cfg.out, config, step, learners, ema, n_cut=int(p.sum([n_cut])[0]))
-            if lm:
-                with ema.applied(model):
-                    whole = unsharded(model, p)
-                    if p.main:
-                        save_lm(Path(cfg.out, "lm"), whole, data.text)
+            if lm and p.main:
+                save_lm(Path(cfg.out, "lm"), load_model(cfg.out, GPT(model.cfg)), data.text)
         if ending:
             break
 

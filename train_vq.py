@@ -196,7 +196,7 @@ def main():
     config = {"kind": "vq", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
     p.say(
         f"{len(train_set)} training and {len(val_set)} validation pictures; {n_params(model) / 1e6:.2f} M parameters; "
-        f"{p.precision} on {p.world} x {p.device.type}; from step {start} to {cfg.steps}"
+        f"{p}; from step {start} to {cfg.steps}"
     )
 
     # --- the loop ---

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from minit2i.checkpoint import write_file
-from minit2i.parallel import DTYPES
+from minit2i.parallel import DTYPES, reduce_sum
 from minit2i.plot import beside, plot
 
 
@@ -88,6 +88,9 @@ class Processes:
             # hours: the others wait while one process trains the text model or encodes its share
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
 
+    def __str__(self):
+        return f"{self.precision} on {self.world} x {self.device.type}"
+
     @property
     def main(self):
         return self.rank == 0
@@ -101,10 +104,7 @@ class Processes:
 
     def total(self, tensor):
         """Sum of a tensor over the processes, without waiting for it."""
-        tensor = tensor.to(self.device)
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        return reduce_sum(tensor.to(self.device))
 
     def sum(self, values):
         """Sum each of a list of numbers over the processes -> list of floats."""
