@@ -18,24 +18,18 @@ def new_parser(doc, **how):
 def add_flags(parser, config):
     """A flag for every field of a config dataclass that is Annotated[type, help, choices]; none for plain ones."""
     group = parser.add_argument_group(f"{config.__name__}: {config.__doc__.splitlines()[0]}")
+    hints = get_type_hints(config, include_extras=True)
     for f in fields(config):
-        hint = get_type_hints(config, include_extras=True)[f.name]
-        if not hasattr(hint, "__metadata__"):
+        if not hasattr(hints[f.name], "__metadata__"):
             continue
-        kind, (text, *choices) = hint.__origin__, hint.__metadata__
-        required = f.default is f.default_factory  # both MISSING
-        kw = dict(help=text if required else f"{text} [{f.default}]".replace("%", "%%"))
-        kw |= dict(required=True) if required else dict(default=f.default)
-        if kind is bool:
-            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kw)
+        kind, (text, *choices) = hints[f.name].__origin__, hints[f.name].__metadata__
+        how = dict(choices=choices[0]) if choices else dict(metavar=kind.__name__.upper())
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how | dict(type=kind)
+        if f.default is f.default_factory:  # both MISSING
+            group.add_argument(f"--{f.name}", help=text, required=True, **how)
         else:
-            group.add_argument(
-                f"--{f.name}",
-                type=kind,
-                choices=choices[0] if choices else None,
-                metavar=None if choices else kind.__name__.upper(),
-                **kw,
-            )
+            shown = f"{text} [{f.default}]".replace("%", "%%")
+            group.add_argument(f"--{f.name}", help=shown, default=f.default, **how)
 
 
 def pick(config, values):

@@ -81,9 +81,9 @@ class Processes:
     def __init__(self, device="auto", precision="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
-        self.precision = pick_precision(precision, self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        self.precision = pick_precision(precision, self.device)
         if "RANK" in os.environ:
             # hours: the others wait while one process trains the text model or encodes its share
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
