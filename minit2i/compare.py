@@ -11,7 +11,6 @@ is an ordinary folder of train_vq.py.
 Shapes: B batch, H W picture, h w code grid, V codebook size.
 """
 
-import argparse
 import math
 import statistics
 import subprocess
@@ -24,12 +23,12 @@ from PIL import Image, ImageDraw
 from minit2i.backbones import shrink
 from minit2i.checkpoint import read_config, write_file
 from minit2i.data import DataConfig, Pictures, grid_image, open_source, parse_size
+from minit2i.flags import new_parser
 from minit2i.metrics import code_stats, psnr
+from minit2i.plot import beside, plot, smooth
 from minit2i.sample import load_vq
 from minit2i.train import pick_device, read_log, run, save_image
 from minit2i.vq import QUANTIZERS
-
-COLORS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#444444")
 
 # --- one tokenizer -----------------------------------------------------------------------------------
 
@@ -95,37 +94,6 @@ def show(folder, images, out, n=8, most=256, size="", tile=0, device="auto"):
 # --- many --------------------------------------------------------------------------------------------
 
 
-def smooth(points, width):
-    """Means of `width` neighbours: [(x, y)] -> [(x, y)]."""
-    parts = [points[i : i + width] for i in range(0, len(points), width)]
-    return [(part[-1][0], statistics.mean(y for _, y in part)) for part in parts]
-
-
-def plot(curves, title, width=560, height=340):
-    """{label: [(x, y)]} -> a PIL image with a legend; the first tenth of a curve may leave it at the top."""
-    image = Image.new("RGB", (width, height), "white")
-    draw, x0, y0, x1, y1 = ImageDraw.Draw(image), 56, height - 28, width - 12, 24
-    low = min(y for points in curves.values() for _, y in points)
-    top = max(y for points in curves.values() for _, y in points[len(points) // 10 :])
-    last = max(x for points in curves.values() for x, _ in points)
-
-    def at(x, y):
-        return x0 + (x1 - x0) * x / max(last, 1), y0 + (y1 - y0) * min(1.0, (y - low) / max(top - low, 1e-9))
-
-    draw.line([(x0, y1), (x0, y0), (x1, y0)], fill="#888888")
-    draw.text((x0, 4), title, fill="black")
-    for value in (low, (low + top) / 2, top):
-        draw.text((4, at(0, value)[1] - 6), f"{value:.4g}", fill="#444444")
-    draw.text((x1 - 40, y0 + 8), f"{last} steps", fill="#444444")
-    points = next(iter(curves.values()))
-    legend = y1 if points[-1][1] < points[0][1] else y0 - 6 - 14 * len(curves)  # where the curves are not
-    for k, (label, points) in enumerate(curves.items()):
-        color = COLORS[k % len(COLORS)]
-        draw.line([at(*p) for p in points], fill=color, width=2)
-        draw.text((x1 - 6 * max(map(len, curves)), legend + 14 * k), label, fill=color)
-    return image
-
-
 def train(script, flags, out):
     """Run a training script of this checkout, or go on with the run in `out`; ValueError if it fails."""
     script = Path(__file__).parent.parent / script
@@ -173,17 +141,12 @@ def report(out, vary, folders):
     panels = []
     for key, title, width in (("recon", "reconstruction loss, training", 5), ("val_psnr", "PSNR, validation, dB", 1)):
         panels.append(plot({name: curve(runs, key, width) for name, runs in logs.items()}, title))
-    sheet = Image.new("RGB", (sum(im.width for im in panels), panels[0].height), "white")
-    for k, im in enumerate(panels):
-        sheet.paste(im, (k * im.width, 0))
-    save_image(Path(out, "curves.png"), sheet)
+    save_image(Path(out, "curves.png"), beside(panels))
     return table
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--out", required=True, help="folder of all runs, the table and the curves")
     parser.add_argument("--vary", default="quantizer", help="the flag of train_vq.py that differs [quantizer]")
     parser.add_argument(
