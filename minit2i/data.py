@@ -439,9 +439,7 @@ def step_batches(dataset, cfg, p, start, workers, collate_fn):
 
     cfg: train.TrainConfig; p: train.Processes.
     """
-    sampler, pin = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world), torch.cuda.is_available()
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn, pin_memory=pin
-    )
-    parts = iter(loader)
+    sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
+    how = dict(num_workers=workers, worker_init_fn=own_group, pin_memory=torch.cuda.is_available())
+    parts = iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, **how))
     return ([next(parts) for _ in range(cfg.accum)] for _ in range(start, cfg.steps))

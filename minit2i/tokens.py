@@ -15,7 +15,7 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from minit2i.data import BadEntry, Order, Pictures, own_group
+from minit2i.data import BadEntry, Order, Pictures
 
 # --- text --------------------------------------------------------------------------------------------
 
@@ -177,14 +177,8 @@ class CodeCache:
         p.barrier()
         codes = np.load(part / "codes.npy", mmap_mode="r+")
         first, last = n * p.rank // p.world * crops.crops, n * (p.rank + 1) // p.world * crops.crops
-        loader = torch.utils.data.DataLoader(
-            crops,
-            batch,
-            sampler=range(first, last),
-            num_workers=crops.pictures.cfg.workers,
-            collate_fn=list,
-            worker_init_fn=own_group,
-        )
+        share, workers = range(first, last), crops.pictures.cfg.workers
+        loader = torch.utils.data.DataLoader(crops, batch, sampler=share, num_workers=workers, collate_fn=list)
         bad = {}  # entry's row -> why
         for chunk in tqdm(loader, desc="encoding the pictures once", unit="batch", disable=not p.main, leave=False):
             bad |= {r // crops.crops: image for r, image in chunk if isinstance(image, str)}

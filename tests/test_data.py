@@ -26,9 +26,10 @@ from minit2i.data import (
     open_source,
     parse_size,
     split,
+    step_batches,
 )
 from minit2i.tokens import CodeCache, Coded, Crops, Text
-from minit2i.train import Processes
+from minit2i.train import Processes, TrainConfig
 
 GREEN = (0, 128, 0)
 
@@ -294,6 +295,18 @@ def test_processes_and_parts_share_out_the_same_batches(world, accum):
         for k, part in enumerate(parts):
             batches.setdefault(3 + k // accum, []).extend(part)
     assert {s: sorted(b) for s, b in batches.items()} == {s: list(range(8 * s, 8 * s + 8)) for s in (3, 4, 5)}
+
+
+def test_workers_do_not_hear_signals_to_the_trainers_group():
+    """A Ctrl-C that ends the workers would leave the trainer without the batches that it still needs to stop in order."""
+
+    class Groups(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            return os.getpgrp()
+
+    cfg = TrainConfig(out="", steps=1, batch_size=2)
+    (part,) = next(step_batches(Groups(), cfg, Processes("cpu"), 0, 1, list))
+    assert len(part) == 2 and os.getpgrp() not in part
 
 
 @pytest.mark.parametrize("size, expected", [("64", (64, 64)), ("96x64", (96, 64))])
