@@ -11,6 +11,7 @@ is an ordinary folder of train_vq.py.
 Shapes: B batch, H W picture, h w code grid, V codebook size.
 """
 
+import argparse
 import math
 import statistics
 import subprocess
@@ -89,6 +90,24 @@ def show(folder, images, out, n=8, most=256, size="", tile=0, device="auto"):
     whole.paste(bars(counts, whole.width), (0, sheet.height + 60))
     save_image(out, whole, model=str(folder), text=text)
     print(f"{out}: {text.split(chr(10), 1)[1]}".replace("\n", ", "))
+
+
+def show_command():
+    """`python -m minit2i.vq show`."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "show", help="a sheet: input, reconstruction, error, code map, use of the codebook"
+    )
+    command.add_argument("--model", required=True, help="checkpoint folder of a tokenizer")
+    command.add_argument("--images", required=True, help="a folder of pictures, tar shards, or 'scenes'")
+    command.add_argument("--out", default="sheet.png", help="[sheet.png]")
+    command.add_argument("--n", type=int, default=8, help="pictures shown [8]")
+    command.add_argument("--most", type=int, default=256, help="pictures whose codes are counted [256]")
+    command.add_argument("--size", default="", help="picture size, as in training [the tokenizer's]")
+    command.add_argument("--tile", type=int, default=0, help="codes a side done at a time, for large pictures [all]")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = parser.parse_args()
+    show(args.model, args.images, args.out, args.n, args.most, args.size, args.tile, args.device)
 
 
 # --- many --------------------------------------------------------------------------------------------

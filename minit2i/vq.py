@@ -9,7 +9,6 @@ VQ-VAE, van den Oord et al., arXiv:1711.00937, with the moving-average codebook 
 Shapes: B batch, H W picture, h w code grid, N = B*h*w latents, C code dimension, V codebook size.
 """
 
-import argparse
 import math
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
@@ -268,10 +267,10 @@ class GumbelQuantizer(Quantizer):
         self.register_load_state_dict_pre_hook(self.fill_in)
 
     @staticmethod
-    def fill_in(self, state, prefix, *_):
+    def fill_in(quantizer, state, prefix, *_):
         """Let a checkpoint without shift and scale keep its logits as they are."""
         for name in ("shift", "scale"):
-            state.setdefault(prefix + name, getattr(self, name))
+            state.setdefault(prefix + name, getattr(quantizer, name))
 
     @staticmethod
     def widths(cfg):
@@ -455,22 +454,9 @@ class VQ(nn.Module):
 
 
 def main():
-    from minit2i.compare import show  # what draws knows what is drawn, not the other way round
+    from minit2i.compare import show_command  # what draws knows what is drawn, not the other way round
 
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "show", help="a sheet: input, reconstruction, error, code map, use of the codebook"
-    )
-    command.add_argument("--model", required=True, help="checkpoint folder of a tokenizer")
-    command.add_argument("--images", required=True, help="a folder of pictures, tar shards, or 'scenes'")
-    command.add_argument("--out", default="sheet.png", help="[sheet.png]")
-    command.add_argument("--n", type=int, default=8, help="pictures shown [8]")
-    command.add_argument("--most", type=int, default=256, help="pictures whose codes are counted [256]")
-    command.add_argument("--size", default="", help="picture size, as in training [the tokenizer's]")
-    command.add_argument("--tile", type=int, default=0, help="codes a side done at a time, for large pictures [all]")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    args = parser.parse_args()
-    show(args.model, args.images, args.out, args.n, args.most, args.size, args.tile, args.device)
+    show_command()
 
 
 if __name__ == "__main__":

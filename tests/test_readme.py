@@ -30,6 +30,8 @@ def known_flags(words):
     path = next(w for w in words if w.endswith(".py") or w.startswith("minit2i."))
     file = ROOT / (path if path.endswith(".py") else path.replace(".", "/") + ".py")
     source = file.read_text()
+    for name in re.findall(r" from minit2i\.(\w+) import \w+_command", source):  # its command line stands there
+        source += (ROOT / "minit2i" / f"{name}.py").read_text()
     flags = set(re.findall(r'"--(\w+)"', source))
     for name in re.findall(r"\b(\w+Config)\b", source):
         for module in (
