@@ -71,7 +71,7 @@ class PriorTrainConfig(TrainConfig):
     label_smoothing: Annotated[float, "masked objective: smoothing of the targets in training (MaskGIT)"] = 0.1
     steps: Annotated[int, "optimizer steps"] = 10000
     lr: Annotated[float, "peak learning rate"] = 1e-3
-    weight_decay: Annotated[float, "AdamW weight decay, on matrices only"] = 0.045
+    weight_decay: Annotated[float, "decoupled weight decay, on matrices only"] = 0.045
     optimizer: Annotated[str, "muon: Muon for the matrices within blocks, AdamW for the rest", ("adamw", "muon")] = (
         "adamw"
     )

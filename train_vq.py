@@ -130,10 +130,8 @@ def evaluate(model, pictures, cfg, p):
     """The first validation pictures -> {name: measure} for the log, skipped, and a sheet of inputs and reconstructions."""
     measures = {"val_psnr": psnr} | ({"val_ssim": ssim} if min(pictures.size) >= 11 else {})  # windows of 11x11
     totals, counts, skipped, sheet = dict.fromkeys(measures, 0.0), torch.zeros(model.cfg.n_codes), [], None
-    mine, batch = (
-        list(range(min(cfg.eval_size, len(pictures))))[p.rank :: p.world],
-        cfg.batch_size // (cfg.accum * p.world),
-    )
+    mine = list(range(min(cfg.eval_size, len(pictures))))[p.rank :: p.world]
+    batch = cfg.batch_size // (cfg.accum * p.world)
     for first in range(0, len(mine), batch):
         images, _, skips = collate([pictures[i] for i in mine[first : first + batch]])
         skipped += skips

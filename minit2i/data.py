@@ -78,10 +78,10 @@ def open_rgb(file, near=None):
     Raises BadEntry for what is empty, damaged, too large or no picture.
     """
     try:
-        raw = file if isinstance(file, bytes) else Path(file).read_bytes()
-        if not raw:
+        raw = isinstance(file, bytes)
+        if not (len(file) if raw else os.path.getsize(file)):
             raise BadEntry("empty file")
-        with Image.open(io.BytesIO(raw)) as im:
+        with Image.open(io.BytesIO(file) if raw else file) as im:  # a path: the header first, it may be enormous
             if im.width * im.height > MAX_PIXELS:
                 raise BadEntry("more than 100 megapixels")
             if near:

@@ -38,7 +38,7 @@ class TrainConfig:
     lr: Annotated[float, "peak learning rate"] = 3e-4
     min_lr: Annotated[float, "learning rate at the end of the cosine, as a fraction of the peak"] = 0.05
     warmup: Annotated[int, "steps of linear warm-up"] = 200
-    weight_decay: Annotated[float, "AdamW weight decay, on matrices only"] = 0.01
+    weight_decay: Annotated[float, "decoupled weight decay, on matrices only"] = 0.01
     beta1: Annotated[float, "AdamW"] = 0.9
     beta2: Annotated[float, "AdamW"] = 0.95
     clip: Annotated[float, "largest gradient norm; 0: no clipping"] = 1.0

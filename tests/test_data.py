@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from minit2i.data import (
+    BadEntry,
     DataConfig,
     Folder,
     Order,
@@ -416,3 +417,15 @@ def test_code_cache_skips_bad_entries_and_depends_on_its_inputs(tmp_path, text):
     dropped = sum(ids.equal(empty) for ids, *_ in samples)
     assert 15 < dropped < 45 and sum(cut for *_, cut in samples) >= 1
     assert samples[7][0].equal(coded[7][0]) and samples[7][1].shape == (16,)
+
+
+def test_an_enormous_picture_is_refused_by_its_header(tmp_path):
+    """A terabyte that says it has 40,000 x 40,000 pixels: no memory would hold the file."""
+    bomb = bytearray(png(Image.new("1", (64, 64))))
+    bomb[16:24] = (40000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bytes(bomb))
+    os.truncate(path, 2**40)  # sparse
+    with pytest.raises(BadEntry, match="more than 100 megapixels"):
+        open_rgb(path)
