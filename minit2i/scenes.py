@@ -54,8 +54,8 @@ CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", 
 MIXTURE = (  # training: one of these, evenly; more of what is learned late
     "single_object",
     "colors",
-    *2 * ("two_objects",),
-    *2 * ("counting",),
+    "two_objects",
+    *3 * ("counting",),
     *3 * ("position",),
     *3 * ("attribute_binding",),
 )
