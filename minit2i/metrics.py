@@ -3,6 +3,8 @@
 python -m minit2i.metrics scenes --model out/prior
 python -m minit2i.metrics recall --model out/prior --prompts emoji/compose --among emoji/train
 python -m minit2i.metrics rerank --model out/prior --n 16 --captioner out/captioner
+python -m minit2i.metrics captions --model out/captioner
+python -m minit2i.metrics enlarge --model out/larger --images path/to/pictures
 python -m minit2i.metrics tokenizer --model out/vq --images path/to/pictures
 python -m minit2i.metrics fid --real path/to/pictures --fake out/pictures --features out/vq
 
@@ -12,7 +14,9 @@ Shapes: B batch, H W picture, V codebook size.
 import contextlib
 import json
 import re
+import statistics
 import sys
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -27,7 +31,7 @@ from minit2i.fid import batches, features, fid, frechet, moments, pick_features,
 from minit2i.flags import add_flags, new_parser, pick
 from minit2i.oracle import check_scene, score_scenes
 from minit2i.sample import PRETRAINED, Painter, SampleConfig, code_losses, load_vq
-from minit2i.scenes import CATEGORIES, caption, render, scene_at
+from minit2i.scenes import CATEGORIES, caption, read_caption, render, scene_at
 from minit2i.train import pick_device, run
 
 # --- pictures against pictures -----------------------------------------------------------------------
@@ -143,6 +147,16 @@ def scene_accuracy(painter, cfg, n=500, batch=250, say=print):
     return table
 
 
+def seconds_a_picture(painter, prompt, cfg, times=3):
+    """Median time to draw one picture alone, after a first one that does not count."""
+    taken = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        list(painter.paint([prompt], cfg))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
 def reranking(painter, cfg, judges, n=50):
     """Accuracy on seen scenes of the best of the first k of cfg.n pictures, for k 1, 4, 16, ... up to cfg.n.
 
@@ -164,7 +178,65 @@ def reranking(painter, cfg, judges, n=50):
     return table
 
 
+def scene_captions(painter, cfg, n=20):
+    """A captioner describes n seen scenes of each category -> [(category, whether all that it says is true, caption)]."""
+    rows = []
+    for category in CATEGORIES:
+        scenes = [scene for *_, scene in scene_prompts(category, False, n)]
+        images = torch.stack([crop(render(scene, *painter.size), painter.size) for scene in scenes])
+        for image, (text, *_) in zip(images, painter.captions(images, replace(cfg, n=1))):
+            claim = read_caption(text)
+            rows.append((category, claim is not None and check_scene(to_pil(image), claim), text))
+    return rows
+
+
+# --- a prior that enlarges -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def enlarging(painter, cfg, source, n, batch=16):
+    """PSNR beside the first n captioned pictures of a source, each shrunk, encoded and enlarged again -> {way: dB}.
+
+    "drawn": by the prior, from the small picture's codes and its caption; "bicubic": the small picture, decoded and
+    interpolated; "tokenizer": the large picture through the tokenizer and back, which no prior can beat by more than luck.
+    """
+    sums, count, f = dict.fromkeys(("drawn", "bicubic", "tokenizer"), 0.0), 0, painter.prior.cfg.low
+    if not f:
+        raise ValueError("this prior does not enlarge pictures; train one with --low 2")
+    images, captions = captioned(source, range(min(n, len(source))), painter)
+    for first in range(0, len(images), batch):
+        some = torch.stack(images[first : first + batch]).to(painter.device)
+        low = painter.vq.encode(shrink(some, f))
+        drawn = torch.cat(
+            [
+                painter.codes([text], replace(cfg, n=1), low=low[k : k + 1])
+                for k, text in enumerate(captions[first : first + batch])
+            ]
+        )
+        ways = {"drawn": drawn, "tokenizer": painter.vq.encode(some)}
+        ways = {way: painter.images(codes) for way, codes in ways.items()}
+        ways["bicubic"] = F.interpolate(painter.images(low), some.shape[2:], mode="bicubic").clamp(-1, 1)
+        sums = {way: total + float(psnr(ways[way], some).sum()) for way, total in sums.items()}
+        count += len(some)
+    return {way: total / count for way, total in sums.items()} | {"n": count}
+
+
 # --- a prior on captions that compose ----------------------------------------------------------------
+
+
+def captioned(source, indices, painter):
+    """Those entries of a source that can be read, at a prior's size -> ([image (3, H, W)], [first caption]); a skip is named."""
+    images, captions = [], []
+    for i in indices:
+        try:
+            text, image = source.captions(i)[0], source.picture(i)
+            images.append(crop(image, painter.size, painter.config["data"]["resize"]))
+            captions.append(text)
+        except BadEntry as e:
+            print(f"skipped {source.key(i)}: {e}")
+    if not images:
+        raise ValueError("no captioned pictures to measure with")
+    return images, captions
 
 
 @torch.no_grad()
@@ -185,22 +257,8 @@ def recall(painter, cfg, prompts, among=(), ignore=TONE):
     picture is the caption's own, or has the same caption once the part that `ignore` matches is taken away;
     and [(prompt, nearest caption)].
     """
-    images, captions = [], []
-    for k, folder in enumerate((prompts, *among)):
-        source = Folder(folder)
-        if not len(source):
-            raise ValueError(f"no pictures in {folder}")
-        for i in range(len(source)):
-            try:
-                captions.append(source.captions(i)[0])
-                images.append(crop(source.picture(i), painter.size, painter.config["data"]["resize"]))
-            except BadEntry as e:
-                captions = captions[: len(images)]
-                print(f"skipped {source.key(i)}: {e}")
-        if k == 0:
-            n = len(images)
-    if not n:
-        raise ValueError(f"no captioned pictures in {prompts}")
+    sets = [captioned(source, range(len(source)), painter) for source in map(Folder, (prompts, *among))]
+    (images, captions), n = (sum(parts, []) for parts in zip(*sets)), len(sets[0][0])
     known = picture_latents(painter, torch.stack(images))
     drawn = torch.cat([im for _, im in painter.paint(captions[:n], replace(cfg, n=1), bar=True)])
     nearest = torch.cdist(picture_latents(painter, drawn), known).argmin(1).tolist()
@@ -247,7 +305,14 @@ def make_parser():
     rerank.add_argument("--prompts_per_category", type=int, default=50)
     rerank.add_argument("--captioner", help="a prior of --order image, for the loss of the caption (CapLoss)")
     rerank.add_argument("--towers", help="a model of --objective contrast")
-    for command in (scenes, compose, rerank):
+    reading = commands.add_parser("captions", help="how often what a captioner says of a scene is true")
+    reading.add_argument("--prompts_per_category", type=int, default=20)
+    larger = commands.add_parser(
+        "enlarge", help="PSNR of pictures enlarged by a prior of --low, beside bicubic interpolation"
+    )
+    larger.add_argument("--images", required=True, help="captioned pictures: a folder, tar shards, or 'scenes'")
+    larger.add_argument("--pictures", type=int, default=32, help="how many of them, the first [32]")
+    for command in (scenes, compose, rerank, reading, larger):
         command.add_argument("--model", default=str(PRETRAINED), help="folder of a prior [the one that ships]")
         add_flags(command, SampleConfig)
     tokenizer = commands.add_parser("tokenizer", help="PSNR, SSIM, code use and rFID of a tokenizer")
@@ -271,9 +336,15 @@ def make_parser():
 
 
 def measure_prior(args):
-    """scenes, recall, rerank -> the record to write."""
-    device, cfg = pick_device(args.device), pick(SampleConfig, args)
-    painter, cfg = Painter(args.model, device), cfg if args.command == "rerank" else replace(cfg, n=1)
+    """scenes, recall, rerank, captions, enlarge -> the record to write."""
+    device, cfg, more = pick_device(args.device), pick(SampleConfig, args), {}
+    if args.command != "rerank":
+        if cfg.n != SampleConfig.n:
+            raise ValueError(f"--n {cfg.n} is for rerank; {args.command} draws one picture a prompt")
+        cfg = replace(cfg, n=1)
+    painter = Painter(args.model, device)
+    if (args.command == "captions") != (painter.prior.cfg.order == "image"):
+        raise ValueError(f"{args.model}: captions needs a prior of --order image, and all others one of --order text")
     if args.command == "rerank":
         judges = {"likelihood": None}
         if args.captioner:
@@ -287,6 +358,18 @@ def measure_prior(args):
         figures = scene_accuracy(painter, cfg, args.prompts_per_category)
         for row, scores in figures.items():
             print(f"{row:10}" + "".join(f" {name} {value:.1%} " for name, value in scores.items()))
+        more["seconds_a_picture"] = seconds_a_picture(painter, scene_prompts("counting", False, 1)[0][0], cfg)
+        print(f"{more['seconds_a_picture']:.3f} s for a picture alone")
+    elif args.command == "captions":
+        rows = scene_captions(painter, cfg, args.prompts_per_category)
+        for category, true, text in rows:
+            print(f"{category:18} {'true ' if true else 'false'} {text}")
+        figures = score_scenes((category, true) for category, true, _ in rows)
+        print("true: " + ", ".join(f"{name} {value:.1%}" for name, value in figures.items()))
+    elif args.command == "enlarge":
+        source = open_source(args.images, pick(DataConfig, painter.config["data"]))
+        figures = enlarging(painter, cfg, source, args.pictures)
+        print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     else:
         figures, pairs = recall(painter, cfg, args.prompts, args.among, args.ignore)
         for prompt, found in pairs:
@@ -294,7 +377,7 @@ def measure_prior(args):
         own, concept = (f"{figures[k]:.1%}" for k in ("own", "concept"))
         among = f"of {figures['n']} captions, among {figures['pictures']} pictures"
         print(f"own picture {own}, right concept {concept} {among}")
-    return {"figures": figures, "settings": asdict(cfg), "model": painter.hash}
+    return {"figures": figures, "settings": asdict(cfg), "model": painter.hash} | more
 
 
 def measure_pictures(args):
@@ -323,7 +406,7 @@ def measure_pictures(args):
 
 def main():
     args = make_parser().parse_args()
-    record = (measure_prior if args.command in ("scenes", "recall", "rerank") else measure_pictures)(args)
+    record = (measure_pictures if "features" in args else measure_prior)(args)
     if args.out:
         write_file(args.out, json.dumps(record | {"command": " ".join(sys.argv)}, indent=1) + "\n")
 

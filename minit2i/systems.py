@@ -15,7 +15,6 @@ its own width), and parti's text encoder is not pre-trained.  The validation los
 import json
 import shlex
 import statistics
-import time
 from dataclasses import asdict, replace
 from math import log
 from pathlib import Path
@@ -28,7 +27,7 @@ from minit2i.compare import train
 from minit2i.data import DataConfig, grid_image, split
 from minit2i.flags import add_flags, new_parser, pick
 from minit2i.gpt import GPT, GPTConfig
-from minit2i.metrics import recall, scene_accuracy
+from minit2i.metrics import recall, scene_accuracy, seconds_a_picture
 from minit2i.plot import plot, smooth
 from minit2i.recipes import RECIPES, defaults
 from minit2i.sample import Painter, SampleConfig, file_hash
@@ -85,16 +84,6 @@ def widths(name, args):
 def minutes(folder, work, rate):
     """Time of a training without its evaluations: work over the median of the logged rates."""
     return work / statistics.median(r[rate] for r in read_log(folder / "log.jsonl") if rate in r) / 60
-
-
-def seconds_a_picture(painter, prompt, cfg, times=3):
-    """Median time to draw one picture alone, after a first one that does not count."""
-    taken = []
-    for _ in range(times + 1):
-        start = time.perf_counter()
-        list(painter.paint([prompt], cfg))
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
 
 
 def measure(folder, prompts, args):

@@ -263,3 +263,28 @@ def test_the_rerank_command(tmp_path):
     call(metrics, "rerank", *flags, "--out", tmp_path / "rerank.json")
     record = json.loads((tmp_path / "rerank.json").read_text())
     assert set(record["figures"]) == {"any", "likelihood"} and set(record["figures"]["any"]) == {"1"}
+
+
+def test_what_a_captioner_says_is_true_or_not():
+    class Fake:
+        size = (32, 32)
+
+        def __init__(self, shift):
+            said = [text for c in metrics.CATEGORIES for text, *_ in metrics.scene_prompts(c, False, 3)]
+            self.said = iter(said[shift:] + said[:shift])
+
+        def captions(self, images, cfg):
+            return [[next(self.said)] for _ in images]
+
+    rows = metrics.scene_captions(Fake(0), SampleConfig(), 3)
+    assert len(rows) == 18 and all(true for _, true, _ in rows)
+    assert sum(true for _, true, _ in metrics.scene_captions(Fake(1), SampleConfig(), 3)) < 4
+
+
+def test_one_picture_a_prompt_but_for_rerank(monkeypatch):
+    with pytest.raises(ValueError, match="--n 8 is for rerank"):
+        command(monkeypatch, "scenes", "--n", 8)
+    with pytest.raises(ValueError, match="--order image"):
+        command(monkeypatch, "captions", "--device", "cpu")
+    with pytest.raises(ValueError, match="does not enlarge"):
+        command(monkeypatch, "enlarge", "--images", "scenes", "--device", "cpu")

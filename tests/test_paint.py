@@ -1,5 +1,6 @@
 """sample.py and the priors that decode differently, end to end: prompts that stream, masked priors, captioners, larger pictures."""
 
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 
 import sample
 import train_prior
-from minit2i import train
+from minit2i import metrics, train
+from minit2i.data import Folder
 from minit2i.sample import Painter, SampleConfig
 from test_train import PRIOR_FLAGS, call, losses, pictures, prior, stop_at, vq  # noqa: F401
 
@@ -193,3 +195,29 @@ def test_what_sample_refuses(flags, message, prior, tmp_path):  # noqa: F811
     flags = [prior if f == "PRIOR" else f for f in flags]
     with pytest.raises(ValueError, match=message):
         draw("--model", prior, "--out", tmp_path / "x.png", *flags)
+
+
+def test_enlarging_is_measured_beside_bicubic(larger, pictures, tmp_path):  # noqa: F811
+    call(
+        metrics,
+        "enlarge",
+        "--model",
+        larger,
+        "--images",
+        pictures,
+        "--pictures",
+        3,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "e.json",
+    )
+    found = json.loads((tmp_path / "e.json").read_text())["figures"]
+    painter = Painter(larger)
+    images = torch.stack(metrics.captioned(Folder(pictures), range(3), painter)[0])
+    again = painter.images(painter.vq.encode(images))
+    small = painter.images(painter.vq.encode(metrics.shrink(images, 2)))
+    up = torch.nn.functional.interpolate(small, scale_factor=2, mode="bicubic").clamp(-1, 1)
+    assert found["tokenizer"] == pytest.approx(float(metrics.psnr(again, images).mean()), abs=0.01)
+    assert found["bicubic"] == pytest.approx(float(metrics.psnr(up, images).mean()), abs=0.01)
+    assert 0 < found["drawn"] < 60 and found["n"] == 3

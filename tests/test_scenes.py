@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minit2i.oracle import check_scene, read_scene, score_scenes
+from minit2i.oracle import check_scene, holds, read_scene, score_scenes
 from minit2i.scenes import (
     BACKGROUNDS,
     CATEGORIES,
@@ -23,6 +23,7 @@ from minit2i.scenes import (
     Scene,
     caption,
     draw_scene,
+    read_caption,
     render,
     scene_at,
 )
@@ -119,6 +120,38 @@ def test_the_claim_is_what_the_words_say():
             for s, c in zip(scene.objects, claim.objects)
             for said, true in zip(vars(c).values(), vars(s).values())
         )
+
+
+def test_captions_are_read_back():
+    """What is read from a caption holds of a scene just where the caption's own claim does."""
+    seen = [scene_at(5, i, held_out=i % 3 == 0) for i in range(300)]
+    n_true = 0
+    for i, scene in enumerate(seen):
+        text, claim = caption(scene, np.random.default_rng(i))
+        read = read_caption(text)
+        assert holds(scene, read), text
+        # moved, turned, or another: mostly false claims
+        flipped = replace(scene, objects=tuple(replace(o, x=1 - o.x, y=1 - o.y) for o in scene.objects))
+        for other in (flipped, replace(scene, background="gray"), seen[i - 1]):
+            assert holds(other, read) == holds(other, claim), text
+            n_true += holds(other, claim)
+    assert 100 < n_true < 800
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "",
+        "a red",
+        "green ideas sleep",
+        "a mauve circle",
+        "two red circles above a blue star",
+        "a red circle and",
+        "a red circle a red circle",
+    ),
+)
+def test_what_is_no_caption_is_not_read(text):
+    assert read_caption(text) is None
 
 
 def test_the_models_own_prompt_is_one_of_the_captions():
