@@ -193,37 +193,6 @@ def scene_captions(painter, cfg, n=20):
 # --- a prior that enlarges -----------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def enlarging(painter, cfg, source, n, batch=16):
-    """PSNR beside the first n captioned pictures of a source, each shrunk, encoded and enlarged again -> {way: dB}.
-
-    "drawn": by the prior, from the small picture's codes and its caption; "bicubic": the small picture, decoded and
-    interpolated; "tokenizer": the large picture through the tokenizer and back, which no prior can beat by more than luck.
-    """
-    sums, count, f = dict.fromkeys(("drawn", "bicubic", "tokenizer"), 0.0), 0, painter.prior.cfg.low
-    if not f:
-        raise ValueError("this prior does not enlarge pictures; train one with --low 2")
-    images, captions = captioned(source, range(min(n, len(source))), painter)
-    for first in range(0, len(images), batch):
-        some = torch.stack(images[first : first + batch]).to(painter.device)
-        low = painter.vq.encode(shrink(some, f))
-        drawn = torch.cat(
-            [
-                painter.codes([text], replace(cfg, n=1), low=low[k : k + 1])
-                for k, text in enumerate(captions[first : first + batch])
-            ]
-        )
-        ways = {"drawn": drawn, "tokenizer": painter.vq.encode(some)}
-        ways = {way: painter.images(codes) for way, codes in ways.items()}
-        ways["bicubic"] = F.interpolate(painter.images(low), some.shape[2:], mode="bicubic").clamp(-1, 1)
-        sums = {way: total + float(psnr(ways[way], some).sum()) for way, total in sums.items()}
-        count += len(some)
-    return {way: total / count for way, total in sums.items()} | {"n": count}
-
-
-# --- a prior on captions that compose ----------------------------------------------------------------
-
-
 def captioned(source, indices, painter):
     """Those entries of a source that can be read, at a prior's size -> ([image (3, H, W)], [first caption]); a skip is named."""
     images, captions = [], []
@@ -237,6 +206,31 @@ def captioned(source, indices, painter):
     if not images:
         raise ValueError("no captioned pictures to measure with")
     return images, captions
+
+
+@torch.inference_mode()
+def enlarging(painter, cfg, source, n, batch=16):
+    """PSNR beside the first n captioned pictures of a source, each shrunk, encoded and enlarged again -> {way: dB}.
+
+    "drawn": by the prior, from the small picture's codes and its caption; "bicubic": the small picture, decoded and
+    interpolated; "tokenizer": the large picture through the tokenizer and back, which no prior can beat by more than luck.
+    """
+    sums, f = dict.fromkeys(("drawn", "bicubic", "tokenizer"), 0.0), painter.prior.cfg.low
+    if not f:
+        raise ValueError("this prior does not enlarge pictures; train one with --low 2")
+    images, captions = captioned(source, range(min(n, len(source))), painter)
+    for first in range(0, len(images), batch):
+        some = torch.stack(images[first : first + batch]).to(painter.device)
+        low = painter.vq.encode(shrink(some, f))
+        drawn = painter.codes(captions[first : first + batch], replace(cfg, n=1), low=low)
+        ways = {"drawn": drawn, "tokenizer": painter.vq.encode(some)}
+        ways = {way: painter.images(codes) for way, codes in ways.items()}
+        ways["bicubic"] = F.interpolate(painter.images(low), some.shape[2:], mode="bicubic").clamp(-1, 1)
+        sums = {way: total + float(psnr(ways[way], some).sum()) for way, total in sums.items()}
+    return {way: total / len(images) for way, total in sums.items()} | {"n": len(images)}
+
+
+# --- a prior on captions that compose ----------------------------------------------------------------
 
 
 @torch.no_grad()
