@@ -54,6 +54,11 @@ def flags():
     add("--batch", type=int, default=64, help="pictures drawn at a time [64]")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--half", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 weights")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the loop over codes: pays for many pictures of causal priors",
+    )
     add_flags(parser, SampleConfig)
     args = parser.parse_args()
     check(args)
@@ -236,8 +241,9 @@ class Output:
 def load(args):
     """-> the prior, the one that enlarges or None, the captioner or the towers or None."""
     device, dtype = pick_device(args.device), torch.bfloat16 if args.half else torch.float32
-    painter = Painter(args.model, device, dtype, args.vq)
-    larger, judge = (Painter(f, device, dtype) if f else None for f in (args.enlarge, args.captioner))
+    painter = Painter(args.model, device, dtype, args.vq, compiled=args.compile)
+    larger = Painter(args.enlarge, device, dtype, compiled=args.compile) if args.enlarge else None
+    judge = Painter(args.captioner, device, dtype) if args.captioner else None
     if args.towers:
         judge = Painter(args.towers, device, dtype, kind="contrast")
     if larger and not larger.prior.cfg.low:

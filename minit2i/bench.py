@@ -128,7 +128,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured [5]")
     parser.add_argument("--batch", type=int, default=16, help="pictures of a training step [16]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the prior for training")
+    parser.add_argument("--compile", action="store_true", help="compile the prior")
     parser.add_argument("--masks", action="store_true", help="compare the attention masks instead")
     parser.add_argument("--text_len", type=int, default=32, help="text positions of --masks [32]")
     parser.add_argument("--grid", type=int, default=16, help="rows and columns of codes of --masks [16]")
@@ -149,6 +149,8 @@ def main():
 
     prior, vq = GPT(PRIOR).to(device), VQ(VQConfig()).to(device)
     drawing = GPT(PRIOR).to(device).eval().requires_grad_(False)
+    if args.compile:
+        drawing.compile_step()
     masked = GPT(replace(PRIOR, objective="masked")).to(device).eval().requires_grad_(False)
     text = torch.randint(0, PRIOR.n_vocab, (1, PRIOR.text_len), device=device)
     images = torch.rand(32, 3, 64, 64, device=device) * 2 - 1

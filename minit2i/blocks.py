@@ -124,7 +124,8 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
 
     def forward(self, x, layout, start, rope, kv):
-        """Positions start ... start+S-1.  kv: this layer's cache (keys, values), each (B, H, L, K), written here."""
+        """Positions start ... start+S-1, or start (1,) alone.  kv: this layer's cache (keys, values), each (B, H, L, K),
+        written here."""
         b, s, d = x.shape
         heads = self.qkv(x).reshape(b, s, -1, self.head_size).transpose(1, 2)  # (B, H + 2 of keys and values, S, K)
         q, k, v = heads.split((self.cfg.n_head, self.n_kv, self.n_kv), 1)
@@ -132,7 +133,9 @@ class Attention(nn.Module):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rope is not None:
             q, k = rotate(torch.cat([q, k], 1), *rope).split((self.cfg.n_head, self.n_kv), 1)
-        if kv is not None:
+        if isinstance(start, torch.Tensor):
+            k, v = (old.index_copy_(2, start, new) for old, new in zip(kv, (k, v)))
+        elif kv is not None:
             kv[0][:, :, start : start + s], kv[1][:, :, start : start + s] = k, v
             k, v = kv[0][:, :, : start + s], kv[1][:, :, : start + s]
         if self.n_kv < self.cfg.n_head:

@@ -223,6 +223,7 @@ class GPT(nn.Module):
         if cfg.text_loss:
             self.text_head = Head(cfg, cfg.n_vocab)
         self.image_head = Head(cfg, cfg.n_codes)
+        self.step = None  # `trunk` for one position in a tensor, compiled, once `compile_step` was called
         self.block_scales = None  # (n_encoder + n_layer,) of gradients, from a BlockScaler
         init_weights(self, cfg.n_layer)
 
@@ -265,27 +266,31 @@ class GPT(nn.Module):
         return codes + self.cfg.n_vocab + self.cfg.text_len
 
     def trunk(self, ids, start=0, cache=None, memory=None):
-        """Positions start ... start+S-1 -> hidden states (B, S, D), normalised.
+        """Positions start ... start+S-1, or the one in the tensor start (1,) -> hidden states (B, S, D), normalised.
 
         ids (B, S), or embedded already (B, S, D); memory (B, T, D) from the encoder, if any; the cache keeps it.
         """
-        stop = start + ids.shape[1]
+        at = start if isinstance(start, torch.Tensor) else slice(start, start + ids.shape[1])
         x = ids if ids.is_floating_point() else self.embedding(ids)  # (B, S, D)
         x = shrink_gradient(x, self.cfg.embed_grad)
         rope = None
         if self.cfg.pos == "learned":
             table = self.positions() if cache is None else cache.positions
-            x = x + table[start:stop]
+            x = x + table[at]
         else:
-            rope = self.rope_cos[start:stop], self.rope_sin[start:stop]
+            rope = self.rope_cos[at], self.rope_sin[at]
         if self.cfg.low:
-            x = x + self.low * self.is_low[start:stop]
+            x = x + self.low * self.is_low[at]
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             kv = None if cache is None else cache.kv[i]
             scale = None if self.block_scales is None else self.block_scales[self.cfg.n_encoder + i]
             x = block(x, self.layouts[self.masks[i]], start, rope, kv, scale, memory)
         return self.norm(x)
+
+    def compile_step(self):
+        """Draw with torch.compile: one graph for every position, on a GPU a CUDA graph; the cache keeps its shape for it."""
+        self.step = torch.compile(self.trunk, dynamic=False, mode="reduce-overhead")
 
     def logits(self, text, codes, low=None):
         """text, as `embed` takes it, codes (B, N), low (B, M) -> text logits (B, T-1, V) for text 1...T-1, or None; image

@@ -98,6 +98,7 @@ def generate(model, text, empty, cfg, known=None, low=None, watch=None):
     before = torch.cat([codes[:, :0] if low is None else low, codes[:, :m]], 1)  # (B, M+m)
     if before.shape[1] and stop:
         hidden = model.trunk(model.code_ids(both(before)), t, cache)[:, -1:]
+    places = torch.arange(p, p + n_image, device=device)
     for i in range(m, stop):
         logits, u = model.image_head(hidden)[:, 0].float(), (i + 1) / n_image  # (2B, V)
         if guided:
@@ -108,7 +109,8 @@ def generate(model, text, empty, cfg, known=None, low=None, watch=None):
         if watch:
             watch(codes)
         if i + 1 < stop:
-            hidden = model.trunk(both(model.code_ids(codes[:, i : i + 1])), p + i, cache)
+            ids = both(model.code_ids(codes[:, i : i + 1]))
+            hidden = model.step(ids, places[i : i + 1], cache) if model.step else model.trunk(ids, p + i, cache)
     return codes
 
 
@@ -194,10 +196,10 @@ def load_text(folder, config, device):
 class Painter:
     """A prior's checkpoint folder, ready to draw: its tokenizer, its text model, its sizes."""
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32, vq="", kind="prior"):
+    def __init__(self, folder, device="cpu", dtype=torch.float32, vq="", kind="prior", compiled=False):
         """vq: a folder whose decoder is used instead: a finetuned or enlarging one of the same codes.
 
-        kind "contrast": two towers, which score pictures and draw none.
+        compiled: drawing code by code is compiled, which pays for many pictures.  kind "contrast": two towers, which score pictures and draw none.
         """
         config = read_config(folder)
         if config.get("kind") != kind:
@@ -206,6 +208,8 @@ class Painter:
         self.config, self.device = config, torch.device(device)
         model = (GPT if kind == "prior" else Contrast)(pick(GPTConfig, config["model"]))
         self.prior = load_model(folder, model).to(self.device, dtype).requires_grad_(False)
+        if compiled and kind == "prior":
+            self.prior.compile_step()
         self.vq = load_vq(Path(folder, "vq"), self.device)
         own, self.vq_hash = self.vq.state_dict(), self.vq.hash
         if vq:

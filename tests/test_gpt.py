@@ -197,6 +197,14 @@ def test_cached_logits_equal_full_ones_at_every_position(variant):
         model.trunk(text, 0, cache)
         some = model.trunk(model.code_ids(codes[:, :4]), cfg.text_len, cache)
         assert torch.allclose(model.image_head(some), image_logits[:, 1:5], atol=1e-4)
+        # positions in tensors, as the compiled loop has them
+        cache = Cache(model, 3, cfg.length - 1)
+        hidden = [model.trunk(text, 0, cache)[:, -1:]]
+        hidden += [
+            model.trunk(model.code_ids(codes[:, i : i + 1]), torch.tensor([cfg.text_len + i]), cache)
+            for i in range(cfg.n_image - 1)
+        ]
+        assert torch.allclose(model.image_head(torch.cat(hidden, 1)), image_logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

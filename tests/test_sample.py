@@ -146,6 +146,18 @@ def test_the_cached_loop_equals_the_naive_one(model, text, settings):
     assert generate(model, text, EMPTY, cfg).equal(uncached(model, text, EMPTY, cfg))
 
 
+@pytest.mark.parametrize("mask", ["full", "row"])
+def test_the_compiled_loop_draws_the_same_from_one_graph(text, mask, monkeypatch):
+    model = GPT(replace(CFG, mask=mask)).requires_grad_(False)
+    expected, compiled = generate(model, text, EMPTY, SampleConfig(n=2)), torch.compile
+    monkeypatch.setattr("torch.compile", lambda f, mode, **how: compiled(f, backend="eager", fullgraph=True, **how))
+    torch._dynamo.reset()
+    model.compile_step()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):  # the second time with another cache
+            assert generate(model, text, EMPTY, SampleConfig(n=2)).equal(expected)
+
+
 def test_known_codes_anywhere_are_kept_and_seen_by_what_follows(model, text):
     cfg = SampleConfig(n=2)
     for places in ([], [0], [3], [0, 1, 4], [5], range(6)):
