@@ -165,10 +165,10 @@ def read_text(path):
     try:
         raw = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as e:
-        raise ValueError(f"--data {path}: {e.strerror}; --objective text needs a plain text file") from None
+        raise ValueError(f"{path}: {e.strerror}; a plain text file is needed") from None
     paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", raw)]
     if not any(paragraphs):
-        raise ValueError(f"--data {path} holds no text")
+        raise ValueError(f"{path} holds no text")
     return [part for part in paragraphs if part]
 
 
