@@ -43,7 +43,7 @@ from minit2i.train import pick_device, run, save_image
 
 
 def load(folder, device):
-    """Folder of a prior or a language model -> (GPT, config, bytes of its words).  ValueError if it has neither or no words."""
+    """Folder of a prior or a language model -> (GPT, config, its text.model).  ValueError for another, or without words."""
     config = read_config(folder)
     if config.get("kind") not in ("prior", "lm") or config.get("text_encoder"):
         why = "is neither a language model nor a prior with words of its own, of train_prior.py"
