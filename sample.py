@@ -84,6 +84,12 @@ def check(args):
         )
     if args.captioner and (not args.best_of or args.towers):
         raise ValueError("--captioner needs --best_of, how many pictures to choose from, and no --towers")
+    if args.caption is not None:
+        for name in ("image", "size", "enlarge", "best_of", "every"):
+            if getattr(args, name):
+                raise ValueError(f"--caption writes words: it has no use for --{name}")
+    if args.times > 1 and not args.enlarge:
+        raise ValueError(f"--times {args.times} needs --enlarge, the prior that enlarges")
     if args.batch < 1 or args.times < 1 or args.every < 0:
         raise ValueError(f"--batch {args.batch}, --times {args.times}: use 1 or more; --every {args.every}: 0 or more")
     if args.every and (args.best_of or args.n > args.batch):
@@ -101,6 +107,8 @@ class Prompt(str):
 
 def read_prompts(path):
     """The lines of a file, one at a time, without empty ones."""
+    if Path(path).is_fifo():
+        raise ValueError(f"--prompts {path} is a pipe, and it is read twice: write the prompts to a file")
     with open(path, encoding="utf-8-sig", errors="replace") as f:
         for number, line in enumerate(line for line in map(str.strip, f) if line):
             prompt = Prompt(line)
@@ -175,9 +183,11 @@ class Frames:
                 kept.append((drawn, own.cpu().clone()))
 
     def animation(self, painter, number):
-        """A prompt's pictures in a row -> bytes of an animated PNG."""
-        sheets = [grid_image(painter.images(c.to(painter.device)), len(c)) for _, c in self.frames.pop(number)]
-        out = io.BytesIO()
+        """A prompt's pictures in a row -> bytes of an animated PNG, or None if all codes were given."""
+        kept, out = self.frames.pop(number, ()), io.BytesIO()
+        if not kept:
+            return None
+        sheets = [grid_image(painter.images(c.to(painter.device)), len(c)) for _, c in kept]
         durations = [80] * (len(sheets) - 1) + [2000]
         sheets[0].save(out, "PNG", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
         return out.getvalue()
@@ -188,14 +198,15 @@ class Output:
 
     def __init__(self, args, cfg, model, total):
         self.path, self.cfg, self.model, self.rerank, self.total = Path(args.out), cfg, model, args.rerank, total
-        flags_used = ("image", "keep_rows", "mask", "size", "enlarge", "times", "best_of")
+        flags_used = ("image", "keep_rows", "mask", "size", "enlarge", "times", "best_of", "half")
         self.settings = asdict(cfg) | {k: getattr(args, k) for k in flags_used if getattr(args, k)}
         self.single, self.prompts, self.images, self.scores = self.path.suffix.lower() == ".png", [], [], []
         if self.single and (total * cfg.n > 1024 or total > 1 and args.every):
             raise ValueError(f"the pictures of {total} prompts do not go into one PNG; name a folder with --out")
 
     def file(self, prompt, end):
-        name = re.sub(r"[^\w]+", "-", prompt)[:60].strip("-") or "picture"
+        name = re.sub(r"[^\w]+", "-", prompt)[:60].encode()[:180].decode(errors="ignore")  # systems allow 255 bytes
+        name = name.strip("-") or "picture"
         return self.path / f"{prompt.number:05d}-{name}-{end}.png"
 
     def chunks(self, prompt, i):
@@ -241,8 +252,9 @@ class Output:
 def load(args):
     """-> the prior, the one that enlarges or None, the captioner or the towers or None."""
     device, dtype = pick_device(args.device), torch.bfloat16 if args.half else torch.float32
-    painter = Painter(args.model, device, dtype, args.vq, compiled=args.compile)
-    larger = Painter(args.enlarge, device, dtype, compiled=args.compile) if args.enlarge else None
+    last, compiled = args.vq, args.compile  # --vq decodes what comes last
+    painter = Painter(args.model, device, dtype, "" if args.enlarge else last, compiled=compiled)
+    larger = Painter(args.enlarge, device, dtype, last, compiled=compiled) if args.enlarge else None
     judge = Painter(args.captioner, device, dtype) if args.captioner else None
     if args.towers:
         judge = Painter(args.towers, device, dtype, kind="contrast")
@@ -268,7 +280,8 @@ def main():
     if not total:
         raise ValueError(f"no prompts in {args.prompts}")
     prompts = [Prompt(args.prompt)] if args.prompts is None else read_prompts(args.prompts)
-    out = Output(args, cfg, "+".join(p.hash for p in (painter, larger, judge) if p), total)
+    hashes = [p.hash for p in (painter, larger, judge) if p] + ([(larger or painter).vq.hash] if args.vq else [])
+    out = Output(args, cfg, "+".join(hashes), total)
     frames, failures = Frames(args.every) if args.every else None, []
     with Bar(total) as bar:
 
@@ -295,7 +308,10 @@ def main():
             out.add(prompt, images, scores, frames.animation(painter, prompt.number) if frames else None)
     out.close()
     cut = painter.text.n_cut
-    print(f"{out.path}: {cfg.n} x {total} pictures" + (f"; {cut} prompts were too long and were cut" if cut else ""))
+    print(
+        f"{out.path}: {cfg.n} x {total - len(failures)} pictures"
+        + (f"; {cut} prompts were too long and were cut" if cut else "")
+    )
     if failures:
         raise ValueError(f"{len(failures)} of {total} prompts could not be drawn: {'; '.join(failures[:3])}")
 

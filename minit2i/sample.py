@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from minit2i.backbones import shrink
 from minit2i.checkpoint import load_model, read_config
 from minit2i.contrast import Contrast, mismatch
 from minit2i.filters import SCHEDULES, draw, filtered, guide, scheduled
@@ -238,9 +239,13 @@ class Painter:
         """
         c, b = self.prior.cfg, len(prompts) * cfg.n
         own, f = (c.grid_h, c.grid_w), c.low
+        if c.order == "image":
+            raise ValueError("this prior is a captioner (--order image), which draws no pictures")
         if bool(f) != (low is not None):
             raise ValueError(
-                "this prior enlarges pictures: give it one" if f else "this prior does not enlarge pictures"
+                "this prior enlarges pictures: give it one (sample.py --enlarge)"
+                if f
+                else "this prior does not enlarge pictures"
             )
         if known is None:
             grid = own if low is None else (f * low.shape[1], f * low.shape[2])
@@ -333,9 +338,11 @@ def code_losses(painter, other, prompt, codes, batch=64):
     other: a captioner, for the caption's loss; two towers, for their mismatch; None, for the codes' own loss.
     """
     judge, out = other or painter, []
+    if other and other.prior.cfg.objective != "contrast" and other.prior.cfg.order != "image":
+        raise ValueError("the loss of a caption needs a captioner; train one with --order image")
     for part in codes.split(batch):
         if judge.vq_hash != painter.vq_hash:
-            part = judge.vq.encode(painter.images(part))
+            part = judge.vq.encode(shrink(painter.images(part), painter.vq.cfg.upscale))
         c = judge.prior.cfg
         if tuple(part.shape[1:]) != (c.grid_h, c.grid_w) or c.low or c.objective == "masked":
             raise ValueError(

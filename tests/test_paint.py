@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from PIL import Image
 import sample
 import train_prior
 from minit2i import metrics, train
+from minit2i.checkpoint import load_tensors, read_config, save_model
 from minit2i.data import Folder
+from minit2i.flags import pick
 from minit2i.sample import Painter, SampleConfig
+from minit2i.vq import VQ, VQConfig
 from test_train import PRIOR_FLAGS, call, losses, pictures, prior, stop_at, vq  # noqa: F401
 
 
@@ -46,6 +50,16 @@ def masked(trained):
     return trained("masked", "--objective", "masked", "--mask", "none")
 
 
+@pytest.fixture(scope="module")
+def twice(prior):  # noqa: F811
+    """The prior's tokenizer, whose decoder draws twice as large."""
+    config, out = read_config(prior / "vq"), prior.parent / "twice"
+    config["model"] |= {"upscale": 2, "sr_ch": 4, "sr_blocks": 1}
+    new, old = VQ(pick(VQConfig, config["model"])).state_dict(), load_tensors(prior / "vq" / "model.safetensors")[0]
+    save_model(out, new | old, config)
+    return out
+
+
 def draw(*argv):
     call(sample, "--device", "cpu", *argv)
 
@@ -53,7 +67,7 @@ def draw(*argv):
 # --- many prompts ---
 
 
-def test_prompts_stream_resume_and_survive_one_that_fails(prior, tmp_path, monkeypatch):  # noqa: F811
+def test_prompts_stream_resume_and_survive_one_that_fails(prior, tmp_path, monkeypatch, capsys):  # noqa: F811
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a red circle\n\na bad one\na blue star\na red circle\n")
     flags = ("--model", prior, "--prompts", prompts, "--out", out, "--n", 2, "--batch", 6)
@@ -71,6 +85,7 @@ def test_prompts_stream_resume_and_survive_one_that_fails(prior, tmp_path, monke
         m.setattr(Painter, "ids", failing)
         with pytest.raises(ValueError, match="1 of 4 prompts could not be drawn: 'a bad one': out of memory"):
             draw(*flags)
+    assert "2 x 3 pictures" in capsys.readouterr().out
     names = ["00000-a-red-circle", "00002-a-blue-star", "00003-a-red-circle"]
     assert sorted(f.name for f in out.iterdir()) == [f"{n}-{i}.png" for n in names for i in range(2)]
     same = [np.asarray(Image.open(out / f"{names[k]}-1.png")) for k in (0, 2)]
@@ -85,6 +100,18 @@ def test_prompts_stream_resume_and_survive_one_that_fails(prior, tmp_path, monke
     times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
     draw(*flags, "--seed", 1)
     assert all(times[f] != f.stat().st_mtime_ns for f in out.iterdir()), "other settings, other pictures"
+
+
+def test_prompts_with_long_names_are_drawn_again_by_another_decoder_and_not_from_a_pipe(prior, twice, tmp_path):  # noqa: F811
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\U0001d41a" * 70)  # four bytes a letter, of the 255 that a name may have
+    for flags, side in (((), 32), (("--vq", twice), 64)):
+        draw("--model", prior, "--prompts", prompts, "--out", out, "--n", 1, "--every", 8, *flags)
+        sizes = {Image.open(f).size for f in out.glob("*-0.png")}
+        assert sizes == {(side, side)} and len(list(out.glob("*-growing.png"))) == 1
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a pipe, and it is read twice"):
+        draw("--model", prior, "--prompts", tmp_path / "pipe", "--out", out)
 
 
 def test_every_k_codes_a_frame_and_the_last_is_the_picture(prior, masked, tmp_path):  # noqa: F811
@@ -137,6 +164,12 @@ def test_inpainting_and_outpainting_keep_what_is_given(masked, prior, pictures, 
         assert Image.open(out).size == (64, 48)
 
 
+def test_nothing_to_draw_gives_the_picture_and_no_animation(prior, pictures, tmp_path):  # noqa: F811
+    flags = ("--model", prior, "--prompt", "x", "--image", pictures / "0.png", "--n", 1)
+    draw(*flags, "--keep_rows", 4, "--every", 1, "--out", tmp_path / "all.png")
+    assert [f.name for f in tmp_path.iterdir()] == ["all.png"]
+
+
 # --- larger ---
 
 
@@ -157,6 +190,16 @@ def test_larger_pictures_in_windows(prior, larger, tmp_path):  # noqa: F811
         painter.codes(["a red circle"], cfg, torch.full((2, 2, 2), -1))
 
 
+def test_another_decoder_draws_what_comes_last_and_judges_look_past_it(prior, larger, captioner, twice, tmp_path):  # noqa: F811
+    flags = ("--model", prior, "--vq", twice, "--prompt", "a red circle", "--n", 1, "--out", tmp_path / "a.png")
+    draw(*flags, "--enlarge", larger)
+    assert Image.open(tmp_path / "a.png").size == (128, 128)  # 32, enlarged by codes, and by the decoder
+    judge = Painter(captioner)
+    judge.vq_hash = "of another tokenizer"
+    painter, codes = Painter(prior, vq=twice), torch.zeros(1, 4, 4, dtype=torch.long)
+    assert sample.code_losses(painter, judge, "x", codes).shape == (1,)
+
+
 # --- captions and scores ---
 
 
@@ -165,7 +208,11 @@ def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, cap
     assert len(capsys.readouterr().out.splitlines()) == 3
     painter, judge = Painter(prior), Painter(captioner)
     prompt = "a red circle"
+    with pytest.raises(ValueError, match="is a captioner"):
+        judge.codes([prompt], SampleConfig(n=1))
     codes = next(iter(painter.draw([prompt], SampleConfig(n=5))))[1]
+    with pytest.raises(ValueError, match="needs a captioner"):
+        sample.code_losses(painter, Painter(prior), prompt, codes)
     for rerank, flags, other in (("caploss", ("--captioner", captioner), judge), ("likelihood", (), None)):
         loss = sample.code_losses(painter, other, prompt, codes, 2)
         out = tmp_path / rerank
@@ -182,6 +229,8 @@ def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, cap
     [
         (("--prompt", "x", "--caption", "y"), "give one of --prompt, --prompts, --caption"),
         (("--prompt", "x", "--mask", "m.png"), "--mask needs --image"),
+        (("--prompt", "x", "--times", 2), "--times 2 needs --enlarge"),
+        (("--caption", "y", "--best_of", 8, "--rerank", "likelihood"), "has no use for --best_of"),
         (("--prompt", "x", "--best_of", 8), "--best_of needs --captioner"),
         (("--prompt", "x", "--best_of", 2, "--rerank", "likelihood"), "--best_of 2 is less than --n 4"),
         (("--prompt", "x", "--every", 2, "--n", 9, "--batch", 4), "--every shows all --n pictures"),
