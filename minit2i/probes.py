@@ -206,6 +206,7 @@ def encoder_figures(args, device):
         figures[name] = {"caption_words": words_found(model, *(ids for ids, _ in pictures), args.steps)}
         figures[name]["retrieval"] = pictures_found(model, *pictures, args.steps)
         figures[name]["text_words"] = words_found(with_encoder(towers.prior, other), learn, ask[:few], args.steps)
+        figures[name] |= {"captions": len(pictures[1][0]), "windows": len(ask[:few])}  # that were asked
     return figures
 
 

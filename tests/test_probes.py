@@ -81,6 +81,7 @@ def test_a_prior_that_has_just_started_from_towers_knows_what_they_know(folders,
     record = measured(tmp_path, "encoder", "--towers", names[0], "--model", names[1], *flags)
     towers, parti = (record["figures"][name] for name in names)
     assert towers == parti != record["figures"]["untrained"]
+    assert towers["windows"] == 6 and 0 <= towers["text_words"] <= 1
     assert record["settings"]["steps"] == 3 and len(record["model"]) == 2
 
 
