@@ -94,7 +94,7 @@ def check_contrast(cfg):
             "--objective contrast compares the whole batch at once, in replicas: use --accum 1, --strategy ddp and "
             "--no-block_scale, with --checkpoint_activations if memory is short"
         )
-    if cfg.text_encoder or cfg.init_lm or cfg.init and read_config(cfg.init)["kind"] != "contrast":
+    if cfg.text_encoder or cfg.init_lm or cfg.init and not cfg.resume and read_config(cfg.init)["kind"] != "contrast":
         raise ValueError("--objective contrast starts from chance, or with --init from its like; leave out the others")
 
 
@@ -107,6 +107,8 @@ def settled(model_cfg, data_cfg, cfg):
         raise ValueError(
             "--objective text trains words alone; leave out --init, --text_encoder, --n_encoder and --order image"
         )
+    if cfg.init and not cfg.resume and read_config(cfg.init)["kind"] == "lm":
+        raise ValueError(f"{cfg.init} is a language model: start from it with --init_lm {Path(cfg.init, 'lm')}")
     if not data_cfg.captions:
         raise ValueError("--no-captions is for train_vq.py: the prior needs captions")
     if data_cfg.flip and cfg.crops == 1:

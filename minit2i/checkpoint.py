@@ -83,7 +83,8 @@ def has_state(folder):
 def save_model(folder, tensors, config, dtype=None):
     """The model of a checkpoint folder: config.json and model.safetensors."""
     if dtype:
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+        most = torch.finfo(dtype).max  # a much used code may have a larger count
+        tensors = {k: v.clamp(-most, most).to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     write_file(Path(folder, "config.json"), json.dumps(config, indent=1) + "\n")
     save_tensors(Path(folder, "model.safetensors"), tensors)
 

@@ -175,11 +175,16 @@ def main():
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each value [1]")
     args, rest = parser.parse_known_args()
-    folders = {}
+    values, folders = args.values.split(","), {}
+    if not all(value.strip() for value in values) or args.seeds < 1:
+        raise ValueError(
+            f"--values {args.values!r}, --seeds {args.seeds}: use at least one of each, none of them empty"
+        )
+    where = "" if args.vary == "quantizer" else f"{args.vary}-"  # on and off are values of many flags
     for seed in range(args.seeds):
-        for text in args.values.split(","):
+        for text in values:
             value, *own = text.split()
-            folder = Path(args.out, "-".join([value, *(word.lstrip("-") for word in own), str(seed)]))
+            folder = Path(args.out, where + "-".join([value, *(word.lstrip("-") for word in own), str(seed)]))
             flag = {"on": [f"--{args.vary}"], "off": [f"--no-{args.vary}"]}.get(value, [f"--{args.vary}", value])
             train("train_vq.py", [*rest, *flag, *own, "--seed", str(seed)], folder)
             folders.setdefault(text, []).append(folder)

@@ -1,4 +1,4 @@
-"""Make a small folder of a trained prior, for use only: float16 weights, no state, no paths.
+"""Make a small folder of a trained prior (or tokenizer, or pair of towers), for use only: float16 weights, no state, no paths.
 
 python -m minit2i.export --model out/scenes --out minit2i/pretrained
 """
@@ -16,8 +16,12 @@ PRIVATE = "out vq cache resume init finetune_decoder super_resolution vgg text_e
 
 
 def export(folder, out):
-    """Copy a checkpoint folder (a prior's, with its tokenizer's inside, or a tokenizer's) with float16 weights."""
+    """Copy a checkpoint folder, a prior's or two towers' with the tokenizer inside, or a tokenizer's, with float16 weights."""
     config = read_config(folder)
+    if config["kind"] == "lm":
+        raise ValueError(f"{folder} is a language model; {Path(folder, 'lm')} is the part of it that others can use")
+    if Path(out).resolve() == Path(folder).resolve():
+        raise ValueError(f"--out {out} is --model, whose float32 weights would be lost; use another")
     for part in ("train", "data"):
         config[part] = {k: v for k, v in config[part].items() if k not in PRIVATE}
     config["data"]["data"] = Path(config["data"]["data"]).name
@@ -25,7 +29,7 @@ def export(folder, out):
         config["text_encoder"]["folder"] = Path(config["text_encoder"]["folder"]).name
     tensors, _ = load_tensors(Path(folder, "model.safetensors"))
     save_model(out, tensors, config, torch.float16)
-    if config["kind"] == "prior":
+    if config["kind"] != "vq":
         if "text_encoder" not in config:
             write_file(Path(out, "text.model"), Path(folder, "text.model").read_bytes())
         export(Path(folder, "vq"), Path(out, "vq"))

@@ -88,7 +88,7 @@ def check(cfg):
     for name in ("ema", "cond_drop", "bpe_dropout", "label_smoothing"):
         if not 0 <= getattr(cfg, name, 0) <= 1:
             raise ValueError(f"{name} {getattr(cfg, name)} is not in [0, 1]")
-    parts = cfg.accum * int(os.environ.get("WORLD_SIZE", 1))
+    parts = cfg.accum * (getattr(cfg, "plan", 0) or int(os.environ.get("WORLD_SIZE", 1)))
     if cfg.batch_size % parts:
         raise ValueError(
             f"batch_size {cfg.batch_size} does not divide into {parts} parts (processes x accum); "

@@ -73,7 +73,7 @@ def places(model):
     """Name in the Hugging Face layout -> the part of the prior's own weights that is the same tensor."""
     cfg, own = model.cfg, model.state_dict()
     if not cfg.text_loss:
-        raise ValueError("a language model reads and writes text: it starts a prior without --n_encoder")
+        raise ValueError("a language model reads and writes text: it starts causal priors without --n_encoder")
     size, kv = cfg.n_embd // cfg.n_head, model.blocks[0].attn.n_kv
     part = {
         "model.embed_tokens.weight": own["embedding.weight"][: cfg.n_vocab],

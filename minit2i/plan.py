@@ -8,7 +8,7 @@ import torch
 from minit2i.attention import Layout
 from minit2i.checkpoint import read_config
 from minit2i.data import parse_size
-from minit2i.gpt import GPT
+from minit2i.gpt import GPT, check
 from minit2i.lm import LM_SHAPE, in_shape, lm_text
 from minit2i.masks import layer_masks
 from minit2i.parallel import DTYPES
@@ -132,7 +132,7 @@ def say_plan(model_cfg, data_cfg, cfg):
         raise ValueError(
             f"--plan {cfg.plan}, --peak_tflops {cfg.peak_tflops:g}, --mfu {cfg.mfu:g}: each must be above 0"
         )
-    n_vocab = cfg.vocab_size
+    n_vocab = model_cfg.n_vocab if cfg.init or cfg.resume else cfg.vocab_size
     if cfg.init_lm:
         model_cfg = in_shape(model_cfg, cfg.init_lm)
         n_vocab = Text(lm_text(cfg.init_lm), model_cfg.text_len).n_vocab
@@ -150,5 +150,6 @@ def say_plan(model_cfg, data_cfg, cfg):
         raise ValueError(
             f"--plan needs a tokenizer, and {cfg.vq} holds none; name one with --vq, or a paper's --model_size"
         )
+    check(model_cfg)
     precision = pick_precision(cfg.precision, pick_device(cfg.device))
     print("\n".join(plan(model_cfg, cfg, precision, cfg.plan)))

@@ -15,7 +15,9 @@ its own width), and parti's text encoder is not pre-trained.  The validation los
 import json
 import shlex
 import statistics
+from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import islice
 from math import log
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from minit2i.checkpoint import read_config, write_file
 from minit2i.compare import train
-from minit2i.data import DataConfig, grid_image, split
+from minit2i.data import BadEntry, DataConfig, grid_image, parse_size, split
 from minit2i.flags import add_flags, new_parser, pick
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.metrics import recall, scene_accuracy, seconds_a_picture
@@ -72,9 +74,10 @@ def widths(name, args):
     depths = sorted(range(1, 9), key=lambda n: abs(n - vq.n_res))  # the recipe's own, if it can be
     vq = fit(VQ, [[replace(vq, ch=ch, n_res=n) for ch in range(4, 257, 4)] for n in depths], args.vq_params)
     shape = dict(n_head=N_HEAD, n_codes=args.n_codes, n_vocab=args.vocab_size)
-    shape |= dict(grid_h=args.size // vq.stride, grid_w=args.size // vq.stride)
+    height, width = parse_size(args.size)
+    shape |= dict(grid_h=height // vq.stride, grid_w=width // vq.stride)
     gpt = replace(asked_for(GPTConfig, name, args.prior), **shape)
-    gpt = fit(GPT, [[replace(gpt, n_embd=width) for width in range(64, 1025, 8)]], args.prior_params)
+    gpt = fit(GPT, [[replace(gpt, n_embd=n) for n in range(64, 1025, 8)]], args.prior_params)
     return {"ch": vq.ch, "n_res": vq.n_res}, {"n_embd": gpt.n_embd, "n_head": N_HEAD}
 
 
@@ -117,9 +120,8 @@ def measure(folder, prompts, args):
     return {"figures": figures, "settings": asdict(cfg), "model": painter.hash}
 
 
-def make_row(name, folder, prompts, args):
-    """Train and measure a recipe, unless row.json says that just this was done; what it says."""
-    own = widths(name, args)
+def make_row(name, folder, own, prompts, args):
+    """Train and measure a recipe with its own widths, unless row.json says that just this was done; what it says."""
     same = {"data": args.data, "size": args.size, "seed": args.seed, "device": args.device, "recipe": name}
     flags = [
         {**same, "n_codes": args.n_codes, **own[0]},
@@ -169,13 +171,20 @@ def report(out, rows):
     return table
 
 
+def first_captions(source, indices):
+    """The first caption of each entry that has one."""
+    for i in indices:
+        with suppress(BadEntry):
+            yield source.captions(int(i))[0]
+
+
 def main():
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--out", required=True, help="folder of the rows, the table, the curves and the pictures")
     add("--data", default="scenes", help="as in both scripts: scenes, a folder or shards [scenes]")
     add("--recipes", default=",".join(RECIPES), help=f"the rows [{','.join(RECIPES)}]")
-    add("--size", type=int, default=64, help="side of the pictures [64]")
+    add("--size", default="64", help="of the pictures: 64, or HEIGHTxWIDTH [64]")
     add("--n_codes", type=int, default=1024, help="codebook size [1024]")
     add("--vocab_size", type=int, default=512, help="tokens of the text model [512]")
     add("--vq_params", type=int, default=500_000, help="parameters of each tokenizer [500000]")
@@ -190,9 +199,13 @@ def main():
     names = args.recipes.split(",")
     for name in names:
         defaults(name, ())  # a ValueError if there is none
-    _, (source, indices) = split(DataConfig(data=args.data, size=str(args.size)))
-    prompts = [source.captions(int(i))[0] for i in indices[:8]]
-    rows = {name: make_row(name, Path(args.out, name), prompts, args) for name in names}
+    if args.compose and not (Path(args.compose).is_dir() and Path(args.data).is_dir()):
+        raise ValueError(f"--compose {args.compose} with --data {args.data}: the recall needs two folders of pictures")
+    _, (source, indices) = split(DataConfig(data=args.data, size=args.size))
+    if not (prompts := list(islice(first_captions(source, indices), 8))):
+        raise ValueError(f"none of the {len(indices)} validation pictures of {args.data} has a caption")
+    own = {name: widths(name, args) for name in names}  # all before the first is trained: one may not be possible
+    rows = {name: make_row(name, Path(args.out, name), own[name], prompts, args) for name in names}
     print(report(args.out, rows))
 
 

@@ -13,7 +13,6 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from minit2i.checkpoint import read_config, read_hf
 from minit2i.flags import pick
+from minit2i.tokens import read_pieces
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class T5Text:
 
     def __init__(self, folder, length, device="cpu", dtype=torch.float32):
         self.model, self.length, self.device = load_t5(folder, dtype).to(device), length, device
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder, "spiece.model")))
+        self.sp = read_pieces(Path(folder, "spiece.model").read_bytes())
         self.width, self.hash, self.n_cut, self.rows = self.model.cfg.d_model, folder_hash(folder), 0, {}
 
     @torch.inference_mode()

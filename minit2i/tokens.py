@@ -20,6 +20,16 @@ from minit2i.data import BadEntry, Order, Pictures
 # --- text --------------------------------------------------------------------------------------------
 
 
+def read_pieces(proto):
+    """bytes of a SentencePiece model -> its processor; ValueError if they are none."""
+    pieces = sentencepiece.SentencePieceProcessor()
+    try:
+        pieces.LoadFromSerializedProto(proto)
+    except RuntimeError:
+        raise ValueError("the folder's text.model, tokenizer.model or spiece.model is no SentencePiece model") from None
+    return pieces
+
+
 class Text:
     """SentencePiece BPE: lowercased, NFKC, with byte fallback, so that any Unicode prompt has ids.
 
@@ -31,7 +41,7 @@ class Text:
 
     def __init__(self, proto, length):
         self.proto, self.length = proto, length  # proto: bytes of the SentencePiece model
-        self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.sp = read_pieces(proto)
         self.n_vocab = len(self.sp)
         self.rank = {
             self.sp.id_to_piece(i): self.sp.get_score(i)

@@ -78,6 +78,11 @@ def test_a_failed_run_of_a_comparison_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the run .*off-0 failed"):
         call(compare, "--out", tmp_path, "--vary", "l2_norm", "--values", "off,on")
     assert calls[1][2:4] == ["--no-l2_norm", "--seed"]
+    with pytest.raises(ValueError, match="the run .*flip-off-0 failed"):  # not the run of another flag's `off`
+        call(compare, "--out", tmp_path, "--vary", "flip", "--values", "off,on")
+    for wrong in (("--values", ""), ("--values", "ema,"), ("--seeds", 0)):
+        with pytest.raises(ValueError, match="use at least one of each"):
+            call(compare, "--out", tmp_path, *wrong)
     with pytest.raises(ValueError, match="st logged no loss; use a --log_every"):
         compare.row_of("st", [[{"step": 4, "val_psnr": 9.0}]])
 

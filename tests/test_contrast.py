@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sample
 import train_prior
 from minit2i.contrast import Contrast, evaluate_towers, hide_words, info_nce, is_word, mismatch
+from minit2i.export import export
 from minit2i.gpt import GPTConfig
 from minit2i.sample import Painter, SampleConfig
 from minit2i.train import Processes
@@ -144,7 +145,12 @@ def test_resumed_it_goes_on_and_starts_a_prior(towers, vq, prior, pictures, tmp_
     call(train_prior, *FLAGS, *common, "--out", out, "--steps", 6, "--resume")
     assert len(losses(out)) == 6
 
-    out = tmp_path / "parti"
+    out, small = tmp_path / "parti", tmp_path / "small"
+    export(towers, small)  # a copy scores as they do
+    judges = [Painter(folder, kind="contrast") for folder in (towers, small)]
+    codes = torch.zeros(1, 16, dtype=torch.long)
+    a, b = (mismatch(judge.prior, judge.ids(["a red circle"]), codes) for judge in judges)
+    assert torch.allclose(a, b, atol=1e-2)
     own = [x.replace("contrast", "causal") for x in FLAGS]  # --init brings the rest of the towers' shape
     call(train_prior, *own, "--init", towers, *common, "--out", out, "--steps", 1, "--lr", 0, "--weight_decay", 0)
     before, after = (load_file(f / "model.safetensors") for f in (towers, out))

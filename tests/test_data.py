@@ -354,6 +354,12 @@ def test_any_prompt_has_ids_and_comes_back(text, prompt):
     assert text.decode(ids) == expected or len(text.pieces(prompt)) > 22
 
 
+def test_a_damaged_text_model_is_a_clear_error(text):
+    for proto in (b"", text.proto[:99]):
+        with pytest.raises(ValueError, match="no SentencePiece model"):
+            Text(proto, 8)
+
+
 def test_case_and_width_do_not_matter(text):
     assert text.encode("A RED \uff43ircle").equal(text.encode("a red circle"))
 

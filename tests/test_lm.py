@@ -18,6 +18,7 @@ from test_train import PRIOR_FLAGS, call, losses, pictures, vq  # noqa: F401 (fi
 import sample
 import train_prior
 from minit2i.checkpoint import read_hf
+from minit2i.export import export
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.lm import Windows, in_shape, lm_config, lm_text, load_lm, save_lm
 from minit2i.sample import SampleConfig, generate
@@ -196,8 +197,12 @@ def test_a_language_model_of_our_own_starts_a_prior(pictures, vq, tmp_path):  # 
     lm, own = tmp_path / "a" / "lm", load_file(tmp_path / "a" / "model.safetensors")
     assert load_file(lm / "model.safetensors")["lm_head.weight"].equal(own["text_head.weight"])
     call(train_prior, "--out", tmp_path / "a", "--resume", "--steps", 41)
+    with pytest.raises(ValueError, match="is a language model; .*lm is the part"):
+        export(tmp_path / "a", tmp_path / "x")
     more = ["--data", pictures, "--vq", vq, "--cache", tmp_path / "cache", "--init_lm", lm, "--steps", 0]
     call(train_prior, *more, *PRIOR_FLAGS, "--out", tmp_path / "b")
+    with pytest.raises(ValueError, match="start from it with --init_lm .*lm"):
+        call(train_prior, *more[:-4], "--init", tmp_path / "a", "--objective", "causal", "--out", tmp_path / "x")
     prior, own = (load_file(tmp_path / k / "model.safetensors") for k in "ba")
     assert prior["blocks.1.attn.qkv.weight"].equal(own["blocks.1.attn.qkv.weight"])
     with pytest.raises(ValueError, match="holds no text"):

@@ -102,15 +102,18 @@ def test_a_plan_with_a_text_encoder_or_a_language_model(tmp_path, capsys, monkey
     monkeypatch.setattr(planning, "plan", lambda cfg, *_: parsed.append(cfg) or [])
     vq, none = VQConfig(stride=8, ch=8, n_codes=16), tmp_path / "none"
     save_model(tmp_path, VQ(vq).state_dict(), {"kind": "vq", "model": asdict(vq), "data": {"size": "16"}})
+    save_model(tmp_path / "prior", {}, {"kind": "prior", "model": asdict(replace(SMALL, n_vocab=280))})
     for flags in (
         ["--text_encoder", t5, "--vq", none, "--model_size", "dalle-12b"],
         ["--init_lm", lm, "--vq", tmp_path],
+        ["--init", tmp_path / "prior", "--vq", tmp_path, "--vocab_size", 999],
     ):
         argv = ["train_prior.py", "--out", "x", "--plan", 1, *flags]
         monkeypatch.setattr("sys.argv", list(map(str, argv)))
         train_prior.main()
     assert (parsed[0].n_states, parsed[0].n_vocab, parsed[0].text_loss) == (12, 0, False)
     assert (parsed[1].n_vocab, parsed[1].n_embd, parsed[1].pos) == (len(Text(text, 5).sp), 32, "sequence")
+    assert parsed[2].n_vocab == 280  # the other prior's words
 
 
 def test_a_plan_says_what_a_process_holds():
@@ -146,4 +149,8 @@ def test_flags_win_over_a_named_size(tmp_path, capsys, monkeypatch):
     for flag, value in (("--plan", "-1"), ("--mfu", "0"), ("--cond_drop", "2")):
         monkeypatch.setattr("sys.argv", ["train_prior.py", "--out", "x", "--plan", "16", flag, value])
         with pytest.raises(ValueError, match=flag[2:]):
+            train_prior.main()
+    for flags, message in ((["--objective", "masked"], "mask dalle"), (["--batch_size", "12"], "into 16 parts")):
+        monkeypatch.setattr("sys.argv", ["train_prior.py", *argv, "--vq", str(tmp_path), "--plan", "16", *flags])
+        with pytest.raises(ValueError, match=message):  # as the training would
             train_prior.main()

@@ -11,13 +11,14 @@ from PIL import Image
 import train_prior
 import train_vq
 from minit2i import systems
+from minit2i.data import Folder
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.recipes import RECIPES, defaults
 from minit2i.vq import VQ, VQConfig
 from test_train import call, pictures  # noqa: F401
 
 SIZE = SimpleNamespace(
-    size=64, n_codes=1024, vocab_size=512, vq_params=500_000, prior_params=1_000_000, vq="", prior=""
+    size="64", n_codes=1024, vocab_size=512, vq_params=500_000, prior_params=1_000_000, vq="", prior=""
 )
 
 
@@ -41,9 +42,15 @@ def test_further_flags_count(monkeypatch):
     assert more[0]["ch"] > plain[0]["ch"] and more[1]["n_embd"] < plain[1]["n_embd"]
 
 
-def test_a_number_of_parameters_that_cannot_be_is_refused():
+def test_a_number_of_parameters_that_cannot_be_is_refused_before_anything_is_trained(pictures, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="within 10 % of 1000 parameters; the nearest has"):
         systems.widths("cogview", SimpleNamespace(**vars(SIZE) | {"vq_params": 1000}))
+    flags = "--out", tmp_path, "--data", pictures, "--recipes", "cogview", "--vq_params", 1000
+    with pytest.raises(ValueError, match="of 1000 parameters"):
+        call(systems, *flags)
+    with pytest.raises(ValueError, match="needs two folders"):
+        call(systems, *flags, "--compose", "scenes")
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_are_trained_once_measured_and_put_side_by_side(pictures, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -57,7 +64,20 @@ def test_rows_are_trained_once_measured_and_put_side_by_side(pictures, tmp_path,
 
     monkeypatch.setattr(subprocess, "run", here)
     small = "--batch_size 4 --eval_size 4 --workers 0 --log_every 2"
-    flags = "--out", tmp_path, "--data", pictures, "--size", 16, "--n_codes", 16, "--vocab_size", 300, "--device", "cpu"
+    flags = (
+        "--out",
+        tmp_path,
+        "--data",
+        pictures,
+        "--size",
+        "16x24",
+        "--n_codes",
+        16,
+        "--vocab_size",
+        300,
+        "--device",
+        "cpu",
+    )
     flags += "--vq_params", 120_000, "--prior_params", 400_000, "--compose", pictures
     flags += (
         "--vq",
@@ -75,11 +95,17 @@ def test_rows_are_trained_once_measured_and_put_side_by_side(pictures, tmp_path,
     row = json.loads((tmp_path / "muse" / "row.json").read_text())
     assert row["figures"]["seconds a picture"] > 0 and "muse" in row["asked"]["flags"][1]
     sheet = Image.open(tmp_path / "pictures.png")
-    assert sheet.height == 2 * 16 and len(json.loads(sheet.text["prompts"])) >= 1
+    assert sheet.size == (60 + 24, 2 * 16) and len(json.loads(sheet.text["prompts"])) >= 1
     call(systems, *flags, "--recipes", "taming", "--prior", f"{small} --steps 3 --cache {tmp_path / 'cache'}")
     assert len(trained) == 6 and "from step 2 to 3" in capsys.readouterr().out, "other flags: it goes on"
     with pytest.raises(ValueError, match="goes on with the codes that .*vq had before; use another --out"):
         call(systems, *flags, "--recipes", "taming", "--vq", f"{small} --steps 4 --perceptual 0 --gan 0")
+
+
+def test_a_picture_without_a_caption_gives_no_prompt(tmp_path):
+    for name in ("a.png", "b.png", "b.txt"):
+        (tmp_path / name).write_text("two\nlines")
+    assert list(systems.first_captions(Folder(tmp_path), range(2))) == ["two"]
 
 
 def test_an_unknown_recipe_is_refused(tmp_path):

@@ -7,6 +7,7 @@ The loop below is the independent reference; beside it, transformers' T5EncoderM
 import io
 import json
 import math
+import shutil
 
 import pytest
 import sentencepiece
@@ -166,6 +167,13 @@ def test_what_is_no_t5_is_refused(folder, tmp_path):
     save_file({"shared.weight": torch.zeros(96, 12)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="do not fit its config.json"):
         load_t5(tmp_path)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "spiece.model").write_bytes((folder / "spiece.model").read_bytes()[:99])
+    with pytest.raises(ValueError, match="no SentencePiece model"):
+        T5Text(copy, 7)
+    (copy / "spiece.model").unlink()
+    with pytest.raises(OSError, match="spiece.model"):
+        T5Text(copy, 7)
 
 
 def test_a_prior_sees_projected_states_and_a_pad_of_its_own_for_each_position():

@@ -180,6 +180,10 @@ def test_an_exported_prior_draws_from_half_the_bytes(prior, tmp_path):
     cfg = SampleConfig(n=2)
     small, whole = (Painter(f).codes(["a red circle"], cfg) for f in (tmp_path / "small", prior))
     assert small.shape == whole.shape and small.eq(whole).float().mean() > 0.5
+    with pytest.raises(ValueError, match="whose float32 weights would be lost"):
+        export(prior, prior)
+    checkpoint.save_model(tmp_path / "x", {"ema_count": torch.tensor([1e5])}, {}, torch.float16)
+    assert load_file(tmp_path / "x" / "model.safetensors")["ema_count"].isfinite()
 
 
 def test_finishing_a_picture_keeps_its_first_rows_of_codes(prior, pictures, tmp_path):
