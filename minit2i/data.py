@@ -313,6 +313,8 @@ def open_source(spec, cfg):
 
 def split(cfg):
     """-> (source, indices of training entries), (source, indices of validation entries)."""
+    if not 0 <= cfg.val_fraction < 1:
+        raise ValueError(f"val_fraction {cfg.val_fraction} is no part in [0, 1)")
     source = open_source(cfg.data, cfg)
     everything = np.arange(len(source))
     if cfg.val_data:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minit2i.checkpoint import load_tensors, read_config
 from minit2i.data import DataConfig, open_source
-from minit2i.sample import file_hash, load_vq
+from minit2i.sample import Painter, file_hash, load_vq
 from minit2i.tokens import Crops
 
 # --- features of a picture ---------------------------------------------------------------------------
@@ -70,10 +70,26 @@ class Latents:
         return torch.cat([z.mean(1), z.std(1, correction=0)], 1)
 
 
+class Tower:
+    """What the picture tower of --objective contrast tells captions from: (B, D) of norm 1.  Works offline."""
+
+    def __init__(self, folder, device):
+        self.painter, self.device = Painter(folder, device, kind="contrast"), device
+        self.hash, self.width = self.painter.hash, self.painter.prior.cfg.n_embd
+        self.name = f"picture tower {self.hash}; compare with figures of the same tower only"
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        height, width = self.painter.size
+        if tuple(images.shape[-2:]) != (height, width):
+            raise ValueError(f"these towers have seen pictures of {height}x{width} only; use --size {height}x{width}")
+        return self.painter.prior.image_feature(self.painter.vq.encode(images.to(self.device)).flatten(1))
+
+
 def pick_features(spec, device):
-    """--features: "inception", a file of its weights, or the checkpoint folder of a tokenizer or prior."""
+    """--features: "inception", a file of its weights, or the checkpoint folder of a tokenizer, a prior or two towers."""
     if Path(spec).is_dir():
-        return Latents(spec, device)
+        return (Tower if read_config(spec).get("kind") == "contrast" else Latents)(spec, device)
     if spec != "inception":
         if not Path(spec).is_file():
             raise ValueError(f"--features {spec} is not there; give 'inception', its weights, or a tokenizer's folder")

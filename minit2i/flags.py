@@ -82,9 +82,10 @@ def parse_flags(doc, model, data, train, argv=None):
 
 def check(cfg):
     """ValueError for settings that cannot work."""
-    for name in ("batch_size", "accum", "log_every", "eval_every", "eval_size", "save_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} {getattr(cfg, name)} is less than 1")
+    least = dict.fromkeys(("batch_size", "accum", "log_every", "eval_every", "eval_size", "save_every", "crops"), 1)
+    for name, n in (least | dict.fromkeys(("steps", "warmup", "clip", "seed"), 0)).items():
+        if getattr(cfg, name, n) < n:
+            raise ValueError(f"{name} {getattr(cfg, name)} is less than {n}")
     for name in ("ema", "cond_drop", "bpe_dropout", "label_smoothing"):
         if not 0 <= getattr(cfg, name, 0) <= 1:
             raise ValueError(f"{name} {getattr(cfg, name)} is not in [0, 1]")

@@ -151,5 +151,6 @@ def say_plan(model_cfg, data_cfg, cfg):
             f"--plan needs a tokenizer, and {cfg.vq} holds none; name one with --vq, or a paper's --model_size"
         )
     check(model_cfg)
-    precision = pick_precision(cfg.precision, pick_device(cfg.device))
+    precision = cfg.precision  # auto is this machine's
+    precision = pick_precision("auto", pick_device(cfg.device)) if precision == "auto" else precision
     print("\n".join(plan(model_cfg, cfg, precision, cfg.plan)))

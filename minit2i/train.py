@@ -68,10 +68,12 @@ class TrainConfig:
 
 def pick_device(name="auto"):
     """'auto' -> this process's GPU, Apple's, or the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"device {name!r} is not known; use auto, cuda, mps or cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(k for k in there if there[k]) if name == "auto" else name
+    if not there.get(name):
+        raise ValueError(
+            f"device {name!r} is not known or not here; use auto, or {', '.join(k for k in there if there[k])}"
+        )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 

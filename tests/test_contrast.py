@@ -16,6 +16,7 @@ import sample
 import train_prior
 from minit2i.contrast import Contrast, evaluate_towers, hide_words, info_nce, is_word, mismatch
 from minit2i.export import export
+from minit2i.fid import pick_features
 from minit2i.gpt import GPTConfig
 from minit2i.sample import Painter, SampleConfig
 from minit2i.train import Processes
@@ -176,6 +177,14 @@ def test_the_best_of_many_by_the_towers(towers, prior, tmp_path):  # noqa: F811
             assert abs(float(im.text["contrastive"]) - sorted(loss.tolist())[i]) < 1e-4
             best = painter.images(codes[loss.argsort()[i]][None])[0]
             assert np.array_equal(np.asarray(sample.to_pil(best)), np.asarray(im))
+
+
+def test_the_picture_tower_gives_features_for_fid(towers):
+    tower, images = pick_features(towers, torch.device("cpu")), torch.rand(3, 3, 32, 32) * 2 - 1
+    expected = tower.painter.prior.image_feature(tower.painter.vq.encode(images).flatten(1))
+    assert torch.allclose(tower(images), expected, atol=1e-5) and expected.shape == (3, tower.width)
+    with pytest.raises(ValueError, match="use --size 32x32"):
+        tower(images[..., :16])
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_flags_win_over_a_named_size(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_prior.py", "--out", "x", "--vq", str(tmp_path), "--plan", "16"])
     with pytest.raises(ValueError, match="--plan needs a tokenizer"):
         train_prior.main()
-    for flag, value in (("--plan", "-1"), ("--mfu", "0"), ("--cond_drop", "2")):
+    for flag, value in (("--plan", "-1"), ("--mfu", "0"), ("--cond_drop", "2"), ("--crops", "0")):
         monkeypatch.setattr("sys.argv", ["train_prior.py", "--out", "x", "--plan", "16", flag, value])
         with pytest.raises(ValueError, match=flag[2:]):
             train_prior.main()

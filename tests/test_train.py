@@ -512,11 +512,21 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(vq, prior, pict
         (["--quantizer", "magic"], "quantizer 'magic' is not known"),
         (["--quantizer", "fixed", "--free_steps", "1"], "free_steps 1 leaves none of 1 steps with a codebook"),
         (["--log_every", "0"], "log_every 0 is less than 1"),
+        (["--steps", "-1"], "steps -1 is less than 0"),
+        (["--clip", "-1"], "clip -1.0 is less than 0"),  # it would turn the gradient round
+        (["--val_fraction", "2"], "val_fraction 2.0 is no part in [0, 1)"),
+        (["--device", "tpu"], "device 'tpu' is not known or not here"),
     ],
 )
 def test_bad_flags_are_clear_errors(flags, message, pictures, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         call(train_vq, "--data", pictures, "--out", tmp_path / "x", "--steps", 1, *VQ_FLAGS, *flags)
+
+
+def test_a_device_that_is_not_here_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda' is not known or not here; use auto, or"):
+        train.pick_device("cuda")
 
 
 def test_a_mask_that_shows_the_targets_is_a_clear_error(pictures, vq, prior, tmp_path):
