@@ -82,8 +82,8 @@ def check(args):
         raise ValueError(
             "--towers, a model of --objective contrast, and --best_of with --rerank contrastive go together"
         )
-    if args.captioner and (not args.best_of or args.towers):
-        raise ValueError("--captioner needs --best_of, how many pictures to choose from, and no --towers")
+    if args.captioner and (not args.best_of or args.rerank != "caploss"):
+        raise ValueError("--captioner needs --best_of, how many pictures to choose from, and --rerank caploss")
     if args.caption is not None:
         for name in ("image", "size", "enlarge", "best_of", "every"):
             if getattr(args, name):
@@ -267,6 +267,17 @@ def load(args):
     return painter, larger, judge
 
 
+def finish(prompt, codes, painter, larger, judge, cfg, args):
+    """A prompt's codes as painter drew them -> images (n, 3, H, W), the best ones, enlarged; their scores or None."""
+    scores = None
+    if args.best_of:
+        loss = code_losses(painter, judge, prompt, codes, args.batch)  # without a judge their likelihood
+        codes, scores = codes[loss.argsort()[: cfg.n]], loss.sort().values.tolist()
+    if larger:
+        codes, painter = enlarge(larger, painter, prompt, codes, cfg, args), larger
+    return torch.cat([painter.images(part) for part in codes.split(args.batch)]), scores
+
+
 def main():
     args = flags()
     cfg = pick(SampleConfig, args)
@@ -297,14 +308,11 @@ def main():
 
         many = replace(cfg, n=args.best_of or cfg.n)
         for prompt, codes in painter.draw(todo(), many, known, args.batch, bar, frames, failed):
-            scores = None
-            if args.best_of:
-                loss = code_losses(painter, judge if args.rerank != "likelihood" else None, prompt, codes, args.batch)
-                codes, scores = codes[loss.argsort()[: cfg.n]], loss.sort().values.tolist()
-            last = painter
-            if larger:
-                codes, last = enlarge(larger, painter, prompt, codes, cfg, args), larger
-            images = torch.cat([last.images(part) for part in codes.split(args.batch)])
+            try:
+                images, scores = finish(prompt, codes, painter, larger, judge, cfg, args)
+            except RuntimeError as e:  # no memory left is one
+                failed(prompt, e)
+                continue
             out.add(prompt, images, scores, frames.animation(painter, prompt.number) if frames else None)
     out.close()
     cut = painter.text.n_cut

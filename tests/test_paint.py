@@ -114,6 +114,21 @@ def test_prompts_with_long_names_are_drawn_again_by_another_decoder_and_not_from
         draw("--model", prior, "--prompts", tmp_path / "pipe", "--out", out)
 
 
+def test_a_prompt_whose_pictures_cannot_be_enlarged_does_not_lose_the_rest(prior, larger, tmp_path, monkeypatch):  # noqa: F811
+    prompts, out, codes = tmp_path / "prompts.txt", tmp_path / "out", Painter.codes
+    prompts.write_text("a bad one\na blue star\n")
+
+    def failing(self, prompts, *args, **how):
+        if "a bad one" in prompts and "low" in how and how["low"] is not None:
+            raise RuntimeError("out of memory")
+        return codes(self, prompts, *args, **how)
+
+    monkeypatch.setattr(Painter, "codes", failing)
+    with pytest.raises(ValueError, match="1 of 2 prompts could not be drawn: 'a bad one': out of memory"):
+        draw("--model", prior, "--prompts", prompts, "--out", out, "--n", 1, "--enlarge", larger)
+    assert [f.name for f in out.iterdir()] == ["00001-a-blue-star-0.png"]
+
+
 def test_every_k_codes_a_frame_and_the_last_is_the_picture(prior, masked, tmp_path):  # noqa: F811
     for model, flags, n in ((prior, ("--every", 4), 5), (masked, ("--every", 1, "--steps", 3), 3)):
         out = tmp_path / "grown.png"
@@ -230,6 +245,7 @@ def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, cap
         (("--prompt", "x", "--caption", "y"), "give one of --prompt, --prompts, --caption"),
         (("--prompt", "x", "--mask", "m.png"), "--mask needs --image"),
         (("--prompt", "x", "--times", 2), "--times 2 needs --enlarge"),
+        (("--prompt", "x", "--best_of", 8, "--rerank", "likelihood", "--captioner", "c"), "--rerank caploss"),
         (("--caption", "y", "--best_of", 8, "--rerank", "likelihood"), "has no use for --best_of"),
         (("--prompt", "x", "--best_of", 8), "--best_of needs --captioner"),
         (("--prompt", "x", "--best_of", 2, "--rerank", "likelihood"), "--best_of 2 is less than --n 4"),
