@@ -33,7 +33,7 @@ from minit2i.sample import SampleConfig, draw_codes, file_hash, load_vq, write_c
 from minit2i.t5 import T5Text
 from minit2i.tokens import CodeCache, Coded, Crops, Text
 from minit2i.train import EMA, Log, Processes, TrainConfig
-from minit2i.train import make_optimizer, n_params, optimizer_step, run, seed_step, steps
+from minit2i.train import check_finite, make_optimizer, n_params, optimizer_step, run, seed_step, steps
 
 
 @dataclass(frozen=True)
@@ -393,6 +393,7 @@ def main():
         if evaluating:
             with ema.applied(model):
                 values, sheet, prompts = evaluate(model, data.val_set, cfg, p), None, None
+                check_finite(model, p, step, values)
                 painter = unsharded(model, p)
                 if p.main and kind == "prior":
                     sheet, prompts = draw_samples(painter, data, cfg, p.device)
@@ -400,6 +401,7 @@ def main():
             learned = [f"{k} {values[f'val_{k}_loss']:.3f}" for k in ("text", "image") if values[f"val_{k}_loss"]]
             p.say(f"\nstep {step}: val loss {', '.join(learned)} nats a token")
         if saving:
+            check_finite(model, p, step)
             save_run(p, cfg.out, config, step, learners, ema, n_cut=int(p.sum([n_cut])[0]))
             if lm and p.main:
                 save_lm(Path(cfg.out, "lm"), load_model(cfg.out, GPT(model.cfg)), data.text)

@@ -19,7 +19,7 @@ from minit2i.flags import parse_flags, pick
 from minit2i.losses import LossConfig, Objective, parse_recon
 from minit2i.metrics import code_stats, psnr, ssim
 from minit2i.train import EMA, Log, Processes, TrainConfig
-from minit2i.train import make_optimizer, n_params, optimizer_step, run, seed_step, steps
+from minit2i.train import check_finite, make_optimizer, n_params, optimizer_step, run, seed_step, steps
 from minit2i.vq import VQ, VQConfig
 
 
@@ -205,6 +205,7 @@ def main():
         if evaluating:
             with ema.applied(model):
                 values, skips, sheet = evaluate(model, val_set, cfg, p)
+                check_finite(model, p, step, values)
             skipped.add(skips)
             log.evaluation(step, values, ["loss", "psnr", "perplexity"], sheet, "reconstructions")
             p.say(
@@ -212,6 +213,7 @@ def main():
                 f"perplexity {values['val_perplexity']:.0f}"
             )
         if saving:
+            check_finite(model, p, step)
             skipped.add([s for part in p.gather(list(skipped.why.items())) for s in part])
             save_run(p, cfg.out, config, step, learners, ema, skipped=list(skipped.why.items()))
         if ending:

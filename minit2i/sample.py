@@ -8,6 +8,7 @@ picture (super-resolution), V codes.
 """
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -53,8 +54,8 @@ class SampleConfig:
 
     def __post_init__(self):
         for name, least in dict(n=1, steps=1, temperature=0, top_k=0, cfg_scale=0, choice_noise=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} is less than {least}")
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} is not a number from {least} on")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is not in (0, 1]; use 1 for all codes")
         if not 0 <= self.min_p <= 1:

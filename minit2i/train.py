@@ -293,6 +293,16 @@ def optimizer_step(model, optimizer, scaler, cfg, step):
     return norm
 
 
+def check_finite(model, p, step, values={}):
+    """ValueError, in all processes, if a weight or one of an evaluation's values is no finite number."""
+    weights = (w.to_local() if hasattr(w, "to_local") else w for w in model.parameters())
+    if p.sum([not (all(map(math.isfinite, values.values())) and all(w.isfinite().all() for w in weights))])[0]:
+        raise ValueError(
+            f"the training has diverged before step {step}: not all is finite; what was saved last stays, so --resume with "
+            "a lower --lr or --clip, or in another --precision"
+        )
+
+
 # --- log -------------------------------------------------------------------------------------------------
 
 

@@ -220,6 +220,7 @@ def test_every_code_is_watched(model, text):
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"cfg_scale": -1.0},
+        {"cfg_scale": float("nan")},
         {"min_p": 2.0},
         {"steps": 0},
     ],

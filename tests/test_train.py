@@ -529,6 +529,17 @@ def test_a_device_that_is_not_here_is_a_clear_error(monkeypatch):
         train.pick_device("cuda")
 
 
+@pytest.mark.parametrize("saving", [True, False])
+@pytest.mark.parametrize("which", ["vq", "prior"])
+def test_a_training_that_diverges_ends_and_keeps_what_was_saved(which, saving, vq, prior, tmp_path):
+    out = shutil.copytree({"vq": vq, "prior": prior}[which], tmp_path / "run")
+    script, every = {"vq": train_vq, "prior": train_prior}[which], ("--save_every", "--eval_every")
+    flags = "--lr", "inf", "--warmup", 0, "--clip", 0, "--steps", 12, every[saving], 100, every[not saving], 11
+    with pytest.raises(ValueError, match="the training has diverged before step 11"):
+        call(script, "--resume", "--out", out, *flags)
+    assert equal(out / "model.safetensors", {"vq": vq, "prior": prior}[which] / "model.safetensors")
+
+
 def test_a_mask_that_shows_the_targets_is_a_clear_error(pictures, vq, prior, tmp_path):
     flags = ["--data", pictures, "--vq", vq, "--cache", prior.parent / "cache", "--steps", 1, *PRIOR_FLAGS]
     for mask, message in (("prefix", "it needs --text_weight 0"), ("none", "use a causal mask, or train a masked")):
