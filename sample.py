@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from minit2i.checkpoint import write_file
-from minit2i.data import BadEntry, crop, grid_image, open_rgb, parse_size, to_pil
+from minit2i.data import EXTENSIONS, BadEntry, crop, grid_image, open_rgb, parse_size, to_pil
 from minit2i.flags import add_flags, new_parser, pick
 from minit2i.sample import PRETRAINED, Bar, Painter, SampleConfig, code_losses
 from minit2i.train import pick_device, run, save_image
@@ -201,6 +201,8 @@ class Output:
         flags_used = ("image", "keep_rows", "mask", "size", "enlarge", "times", "best_of", "half")
         self.settings = asdict(cfg) | {k: getattr(args, k) for k in flags_used if getattr(args, k)}
         self.single, self.prompts, self.images, self.scores = self.path.suffix.lower() == ".png", [], [], []
+        if self.path.suffix.lower() in EXTENSIONS and not self.single:
+            raise ValueError(f"--out {args.out}: pictures are PNGs; use NAME.png, or a folder")
         if self.single and (total * cfg.n > 1024 or total > 1 and args.every):
             raise ValueError(f"the pictures of {total} prompts do not go into one PNG; name a folder with --out")
 

@@ -327,13 +327,15 @@ def draw_samples(model, data, cfg, device):
 
 def hidden(model, parts, cfg, step, p):
     """What a masked prior or the two towers are shown of each part of a batch; None for a model that sees all."""
-    if model.cfg.objective == "contrast":
-        return [model.hide(text) for text, *_ in parts]
-    if not model.masked:
+    contrast, size = model.cfg.objective == "contrast", len(parts[0][0])
+    if not (model.masked or contrast):
         return [None] * len(parts)
-    size = len(parts[0][0])  # by the sample's place in the run, whichever process has it
+    # by the sample's place in the run, whichever process has it
     first = cfg.seed * 1_000_003 + step * cfg.batch_size + p.rank * cfg.accum * size
-    return [hide_each(part[1], range(first + k * size, first + (k + 1) * size)) for k, part in enumerate(parts)]
+    seeds = [range(first + k * size, first + (k + 1) * size) for k in range(len(parts))]
+    if contrast:
+        return [hide_each(part[0], s, model.hide) for part, s in zip(parts, seeds)]
+    return [hide_each(part[1], s) for part, s in zip(parts, seeds)]
 
 
 def gradients(forward, model, parts, shown, cfg, p, scaler):

@@ -26,9 +26,9 @@ def hide(codes, generator=None):
     return codes.masked_fill((rank < count[:, None]).to(codes.device), -1)
 
 
-def hide_each(codes, seeds):
+def hide_each(codes, seeds, how=hide):
     """As `hide`, each row of codes (B, N) as its own seed says, so that it does not matter who else is in the batch."""
-    return torch.cat([hide(row[None], torch.Generator().manual_seed(s)) for row, s in zip(codes, seeds)])
+    return torch.cat([how(row[None], torch.Generator().manual_seed(s)) for row, s in zip(codes, seeds)])
 
 
 def still_hidden(at_start, hidden, u):

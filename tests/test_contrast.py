@@ -1,6 +1,7 @@
 """Two towers: the losses against closed forms and two processes, retrieval on what was learned, the scripts end to end."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,6 +100,17 @@ def test_two_processes_equal_one():
     assert np.allclose(one[0], two[0], rtol=1e-5)
     for name, grad in one[1].items():
         assert torch.allclose(grad, two[1][name], rtol=1e-3, atol=1e-5), name
+
+
+def test_the_same_words_are_hidden_whichever_process_has_them():
+    text, codes = batch()
+    cfg = train_prior.PriorTrainConfig(out="", batch_size=8)
+    one = train_prior.hidden(model(), [(text, codes)], cfg, 3, SimpleNamespace(rank=0))[0]
+    two = [
+        train_prior.hidden(model(), [(text[4 * r : 4 * r + 4], codes)], cfg, 3, SimpleNamespace(rank=r))[0]
+        for r in (0, 1)
+    ]
+    assert torch.cat(two).equal(one) and one.shape == (8, 2, 8)
 
 
 def test_a_batch_is_learned_and_found():

@@ -245,6 +245,7 @@ def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, cap
         (("--prompt", "x", "--caption", "y"), "give one of --prompt, --prompts, --caption"),
         (("--prompt", "x", "--mask", "m.png"), "--mask needs --image"),
         (("--prompt", "x", "--times", 2), "--times 2 needs --enlarge"),
+        (("--prompt", "x", "--out", "x.jpg"), "x.jpg: pictures are PNGs"),
         (("--prompt", "x", "--best_of", 8, "--rerank", "likelihood", "--captioner", "c"), "--rerank caploss"),
         (("--caption", "y", "--best_of", 8, "--rerank", "likelihood"), "has no use for --best_of"),
         (("--prompt", "x", "--best_of", 8), "--best_of needs --captioner"),
@@ -259,7 +260,7 @@ def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, cap
 def test_what_sample_refuses(flags, message, prior, tmp_path):  # noqa: F811
     flags = [prior if f == "PRIOR" else f for f in flags]
     with pytest.raises(ValueError, match=message):
-        draw("--model", prior, "--out", tmp_path / "x.png", *flags)
+        draw("--model", prior, "--out", tmp_path / "x.png", *flags)  # the last --out counts
 
 
 def test_enlarging_is_measured_beside_bicubic(larger, pictures, tmp_path):  # noqa: F811
