@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from minit2i.backbones import shrink
 from minit2i.checkpoint import read_config, write_file
 from minit2i.data import DataConfig, Pictures, grid_image, open_source, parse_size
-from minit2i.flags import new_parser
+from minit2i.flags import count, new_parser
 from minit2i.metrics import code_stats, psnr
 from minit2i.plot import beside, plot, smooth
 from minit2i.sample import load_vq
@@ -101,8 +101,8 @@ def show_command():
     command.add_argument("--model", required=True, help="checkpoint folder of a tokenizer")
     command.add_argument("--images", required=True, help="a folder of pictures, tar shards, or 'scenes'")
     command.add_argument("--out", default="sheet.png", help="[sheet.png]")
-    command.add_argument("--n", type=int, default=8, help="pictures shown [8]")
-    command.add_argument("--most", type=int, default=256, help="pictures whose codes are counted [256]")
+    command.add_argument("--n", type=count, default=8, help="pictures shown [8]")
+    command.add_argument("--most", type=count, default=256, help="pictures whose codes are counted [256]")
     command.add_argument("--size", default="", help="picture size, as in training [the tokenizer's]")
     command.add_argument("--tile", type=int, default=0, help="codes a side done at a time, for large pictures [all]")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -173,13 +173,11 @@ def main():
         default=",".join(QUANTIZERS),
         help=f"its values, each with flags of its own if need be; on,off for a switch [{','.join(QUANTIZERS)}]",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each value [1]")
+    parser.add_argument("--seeds", type=count, default=1, help="runs of each value [1]")
     args, rest = parser.parse_known_args()
     values, folders = args.values.split(","), {}
-    if not all(value.strip() for value in values) or args.seeds < 1:
-        raise ValueError(
-            f"--values {args.values!r}, --seeds {args.seeds}: use at least one of each, none of them empty"
-        )
+    if not all(value.strip() for value in values):
+        raise ValueError(f"--values {args.values!r}: none may be empty")
     where = "" if args.vary == "quantizer" else f"{args.vary}-"  # on and off are values of many flags
     for seed in range(args.seeds):
         for text in values:

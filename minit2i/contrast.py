@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
 from minit2i.blocks import Head, Linear, init_weights
+from minit2i.fp16 import shrink_gradient
 from minit2i.gpt import Encoder, check
 from minit2i.parallel import processes
 
@@ -87,6 +88,9 @@ class Contrast(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # CLIP sec. 2.5
         init_weights(self, cfg.n_layer)
 
+    def embed(self, ids):
+        return shrink_gradient(self.embedding(ids), self.cfg.embed_grad)
+
     def hide(self, text, generator=None):
         return hide_words(text, self.cfg.n_vocab, len(self.embedding.weight) - 1, generator)
 
@@ -101,10 +105,10 @@ class Contrast(nn.Module):
 
     def features(self, text, codes):
         """text (B, T), codes (B, N) -> two (B, D), float32, of norm 1."""
-        return self.text_feature(text, self.encoder(self.embedding(text), None)), self.image_feature(codes)
+        return self.text_feature(text, self.encoder(self.embed(text), None)), self.image_feature(codes)
 
     def image_feature(self, codes):
-        states = self.picture(self.embedding(codes + self.cfg.n_vocab + self.cfg.text_len), None)
+        states = self.picture(self.embed(codes + self.cfg.n_vocab + self.cfg.text_len), None)
         return F.normalize(self.image_out(states.mean(1)).float(), dim=-1)
 
     def words_loss(self, states, target):
@@ -117,7 +121,7 @@ class Contrast(nn.Module):
         shown: `hide(text)` (B, 2, T).  The towers see whole captions; one pass reads both.
         """
         read, target = shown.unbind(1)
-        hidden, whole = self.encoder(self.embedding(torch.cat([read, text])), None).chunk(2)  # (B, T, D)
+        hidden, whole = self.encoder(self.embed(torch.cat([read, text])), None).chunk(2)  # (B, T, D)
         text_feature, image_feature = self.text_feature(text, whole), self.image_feature(codes)
         with torch.autocast(codes.device.type, enabled=False):
             contrast = info_nce(text_feature, image_feature, self.scale())
@@ -137,7 +141,7 @@ def evaluate_towers(model, rows, batch=32):
         a, b = model.features(text, codes)
         cosine, own = a @ b.T, torch.arange(len(text), device=text.device)
         nce = (F.cross_entropy(model.scale() * cosine, own) + F.cross_entropy(model.scale() * cosine.T, own)) / 2
-        words = model.words_loss(model.encoder(model.embedding(read), None), target)
+        words = model.words_loss(model.encoder(model.embed(read), None), target)
         sums += torch.stack([words, nce * len(text), (cosine.argmax(1) == own).sum()]).cpu()
         n_words, n = n_words + int((target >= 0).sum()), n + len(text)
     return float(sums[0]) / max(1, n_words), float(sums[1]) / n, float(sums[2]) / n

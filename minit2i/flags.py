@@ -15,6 +15,13 @@ def new_parser(doc, **how):
     return argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False, **how)
 
 
+def count(text):
+    """The type of a flag that counts something: 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def add_flags(parser, config):
     """A flag for every field of a config dataclass that is Annotated[type, help, choices]; none for plain ones."""
     group = parser.add_argument_group(f"{config.__name__}: {config.__doc__.splitlines()[0]}")

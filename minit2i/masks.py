@@ -13,7 +13,7 @@ Shapes: T text length (smaller pictures' codes included), h w code grid, N = h*w
 import torch
 from PIL import Image, ImageDraw
 
-from minit2i.flags import new_parser, pick
+from minit2i.flags import count, new_parser, pick
 
 KERNEL = 11  # side of the conv mask's window, DALL-E app. B.1
 
@@ -113,12 +113,14 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("--out", default="masks.png", help="the PNG to write [masks.png]")
     parser.add_argument("--text_len", type=int, default=32, help="text positions [32]")
-    parser.add_argument("--grid_h", type=int, default=12, help="rows of codes [12]")
-    parser.add_argument("--grid_w", type=int, default=16, help="columns of codes [16]")
-    parser.add_argument("--window", type=int, default=8, help="side of the window mask's crop [8]")
+    parser.add_argument("--grid_h", type=count, default=12, help="rows of codes [12]")
+    parser.add_argument("--grid_w", type=count, default=16, help="columns of codes [16]")
+    parser.add_argument("--window", type=count, default=8, help="side of the window mask's crop [8]")
     args = parser.parse_args()
     save_image(args.out, picture(pick(GPTConfig, args), tuple(MASKS)))
 
 
 if __name__ == "__main__":
-    main()
+    from minit2i.train import run
+
+    run(main)

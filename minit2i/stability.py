@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch.func import functional_call
 
-from minit2i.flags import new_parser
+from minit2i.flags import count, new_parser
 from minit2i.fp16 import BlockScaler, PBLayerNorm
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.plot import plot, smooth
@@ -114,8 +114,8 @@ def curves(results, steps):
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("--out", default="stability.png", help="the plot [stability.png]")
-    parser.add_argument("--steps", type=int, default=60, help="steps of each run [60]")
-    parser.add_argument("--batch", type=int, default=4, help="pictures of a step [4]")
+    parser.add_argument("--steps", type=count, default=60, help="steps of each run [60]")
+    parser.add_argument("--batch", type=count, default=4, help="pictures of a step [4]")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate [2e-3]")
     parser.add_argument("--scores", type=float, default=600.0, help="queries and keys start so many times larger [600]")
     parser.add_argument(

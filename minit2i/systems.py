@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from minit2i.checkpoint import read_config, write_file
 from minit2i.compare import train
 from minit2i.data import BadEntry, DataConfig, grid_image, parse_size, split
-from minit2i.flags import add_flags, new_parser, pick
+from minit2i.flags import add_flags, count, new_parser, pick
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.metrics import recall, scene_accuracy, seconds_a_picture
 from minit2i.plot import plot, smooth
@@ -192,7 +192,7 @@ def main():
     add("--vq", default="", help="further flags of train_vq.py, as one string")
     add("--prior", default="", help="further flags of train_prior.py, as one string")
     add("--compose", default="", help="folder of captioned pictures for the recall (see metrics.py)")
-    add("--prompts_per_category", type=int, default=100, help="of scenes, to measure accuracy [100]")
+    add("--prompts_per_category", type=count, default=100, help="of scenes, to measure accuracy [100]")
     add("--seed", type=int, default=0, help="seed of everything random [0]")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()

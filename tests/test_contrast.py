@@ -82,6 +82,9 @@ def test_the_gradient_reaches_both_towers_and_the_temperature():
     m(text, codes, None, shown)[0].backward()
     got = {name.split(".")[0] for name, w in m.named_parameters() if w.grad is not None}
     assert got == {"embedding", "encoder", "text_head"}
+    less = model(GPTConfig(**vars(CFG) | {"embed_grad": 0.1}))
+    less(text, codes, None, shown)[0].backward()
+    assert torch.allclose(less.embedding.weight.grad, 0.1 * m.embedding.weight.grad, atol=1e-6)
 
 
 def gradients():
