@@ -128,7 +128,7 @@ def dense(q, k, v, mask=None, causal=False, alpha=None):
     is slow there.  If causal, 64 queries at a time read only the keys up to the last of them.
     """
     n = q.shape[2]
-    if q.device.type != "cpu" or not q.requires_grad or k.shape[2] > 512:
+    if not q.is_cpu or not q.requires_grad or k.shape[2] > 512:
         q, scale = divided(q, alpha)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     if causal:
