@@ -127,6 +127,10 @@ def known_codes(painter, args):
     """What --image, --keep_rows, --mask and --size give -> codes (1, h, w), -1 where to draw; None: all."""
     size = parse_size(args.size) if args.size else painter.size
     h, w = painter.vq.grid(*size)
+    if any(n < own for n, own in zip(size, painter.size)):
+        raise ValueError(
+            f"--size {args.size} is smaller than the pictures of this prior, {'x'.join(map(str, painter.size))}"
+        )
     if not args.image:
         return torch.full((1, h, w), -1, device=painter.device) if args.size else None
     inside = painter.size if args.size and not args.mask else size
@@ -222,7 +226,7 @@ class Output:
         with suppress(OSError, SyntaxError, ValueError):
             for i in range(self.cfg.n):
                 with Image.open(self.file(prompt, i)) as im:
-                    if any(im.text.get(k) != v for k, v in self.chunks(prompt, i).items()):
+                    if any(im.info.get(k) != v for k, v in self.chunks(prompt, i).items()):
                         return False
             return True
         return False

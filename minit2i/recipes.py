@@ -4,9 +4,9 @@ A recipe holds defaults: flags given by hand win, and `--help` shows what each s
 laptop's, for pictures of 64 pixels; train_prior.py's --model_size, which wins over a recipe, has the papers' priors.
 
 Deviations: captions are dropped in a tenth of the cases in all of them, so that all can be drawn with guidance, which
-DALL-E, CogView and Taming do without.  CogView's marks between text and codes are left out.  Adafactor (Parti, Muse) is AdamW here, with the same betas and decay.  Every
-learning rate falls along a cosine, and weights are averaged at every update (DALL-E's falls at plateaus, app. B; its prior
-averages every 25 updates).
+DALL-E, CogView and Taming do without.  CogView's marks between text and codes are left out.  Adafactor (Parti, Muse) is
+AdamW here, with the same betas and decay.  Every learning rate falls along a cosine, and weights are averaged at every
+update (DALL-E's prior, app. B: at plateaus, and every 25 updates).
 """
 
 from dataclasses import fields

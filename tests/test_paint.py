@@ -93,9 +93,10 @@ def test_prompts_stream_resume_and_survive_one_that_fails(prior, tmp_path, monke
 
     times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
     (out / "00002-a-blue-star-0.png").write_bytes(b"cut short")
+    Image.new("RGB", (5, 5)).save(out / "00003-a-red-circle-1.png", "JPEG")
     draw(*flags)
     assert {f.name for f in out.iterdir() if times.get(f) != f.stat().st_mtime_ns} == {
-        f"{name}-{i}.png" for name in ("00001-a-bad-one", "00002-a-blue-star") for i in range(2)
+        f"{name}-{i}.png" for name in ("00001-a-bad-one", "00002-a-blue-star", "00003-a-red-circle") for i in range(2)
     }
     times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
     draw(*flags, "--seed", 1)
@@ -254,11 +255,12 @@ def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, cap
         (("--caption", "PRIOR"), "--caption needs a prior of --order image"),
         (("--prompt", "x", "--enlarge", "PRIOR"), "does not enlarge pictures"),
         (("--prompt", "x", "--best_of", 4, "--captioner", "PRIOR"), "is no captioner"),
-        (("--prompt", "x", "--size", "24"), "3x3 codes are fewer than the 4x4"),
+        (("--prompt", "x", "--size", "24x64"), "--size 24x64 is smaller than the pictures of this prior, 32x32"),
+        (("--prompt", "x", "--size", "64x24", "--image", "PICTURE"), "--size 64x24 is smaller"),
     ],
 )
-def test_what_sample_refuses(flags, message, prior, tmp_path):  # noqa: F811
-    flags = [prior if f == "PRIOR" else f for f in flags]
+def test_what_sample_refuses(flags, message, prior, pictures, tmp_path):  # noqa: F811
+    flags = [{"PRIOR": prior, "PICTURE": pictures / "0.png"}.get(f, f) for f in flags]
     with pytest.raises(ValueError, match=message):
         draw("--model", prior, "--out", tmp_path / "x.png", *flags)  # the last --out counts
 
