@@ -58,14 +58,14 @@ def unmask(model, text, empty, cfg, known=None, low=None, watch=None):
     if guided:
         text = torch.cat([text, empty.expand_as(text)])  # (2B, T)
     both = (lambda x: None if x is None else torch.cat([x, x])) if guided else (lambda x: x)
-    low, schedule = both(low), "rising" if cfg.cfg_schedule == "auto" else cfg.cfg_schedule
+    low = both(low)
     for step in range(cfg.steps):
         u = (step + 1) / cfg.steps
         noise = torch.stack([torch.rand(2, n_image, generator=s) for s in sources])  # (n, 2, N)
         pick, choice = noise.repeat(b // cfg.n, 1, 1).to(device).unbind(1)  # (B, N)
         logits = model.logits(text, both(codes), low)[1].float()  # (2B, N, V)
         if guided:
-            logits = guide(*logits.chunk(2), scheduled(cfg.cfg_scale, schedule, u))
+            logits = guide(*logits.chunk(2), scheduled(cfg.cfg_scale, cfg.cfg_schedule, u))
         drawn = draw(filtered(logits.flatten(0, 1), cfg, u), pick.flatten()).view(b, -1)  # (B, N)
         sure = -F.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="none").view(b, -1)
         gumbel = -(-choice.clamp_min(1e-20).log()).clamp_min(1e-20).log()

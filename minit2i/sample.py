@@ -39,10 +39,10 @@ class SampleConfig:
     """How codes are drawn; every value is written into the pictures."""
 
     n: Annotated[int, "pictures of each prompt"] = 4
-    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 1.25
+    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 2.0
     cfg_schedule: Annotated[
-        str, "guidance over the codes or steps; auto: rising for masked priors, else constant", ("auto", *SCHEDULES)
-    ] = "auto"
+        str, "guidance over the codes or steps: all of it throughout, or from 1 or to 1", tuple(SCHEDULES)
+    ] = "rising"
     temperature: Annotated[float, "below 1 safer, above 1 more varied; 0 always takes the likeliest code"] = 1.0
     temperature_schedule: Annotated[str, "the same over the codes, from 1 or to 1", tuple(SCHEDULES)] = "constant"
     top_k: Annotated[int, "draw from the k likeliest codes; 0: from all"] = 0
@@ -104,8 +104,7 @@ def generate(model, text, empty, cfg, known=None, low=None, watch=None):
     for i in range(m, stop):
         logits, u = model.image_head(hidden)[:, 0].float(), (i + 1) / n_image  # (2B, V)
         if guided:
-            schedule = "constant" if cfg.cfg_schedule == "auto" else cfg.cfg_schedule
-            logits = guide(*logits.chunk(2), scheduled(cfg.cfg_scale, schedule, u))
+            logits = guide(*logits.chunk(2), scheduled(cfg.cfg_scale, cfg.cfg_schedule, u))
         code = draw(filtered(logits, cfg, u), noise[i])
         codes[:, i] = torch.where(given[:, i], codes[:, i], code) if forced[i] else code
         if watch:

@@ -124,7 +124,7 @@ def test_pictures_are_a_function_of_the_seed_and_not_of_the_batch(model, text):
     assert unmask(model, text[:1], EMPTY, replace(cfg, n=1, seed=6))[0].equal(together[1])
     assert not together[0].equal(together[1])
     constant = unmask(model, text, EMPTY, replace(cfg, cfg_schedule="constant"))
-    assert unmask(model, text, EMPTY, replace(cfg, cfg_schedule="rising")).equal(together), "auto rises"
+    assert unmask(model, text, EMPTY, replace(cfg, cfg_schedule="rising")).equal(together)
     assert not constant.equal(together)
 
 
