@@ -39,7 +39,7 @@ class SampleConfig:
     """How codes are drawn; every value is written into the pictures."""
 
     n: Annotated[int, "pictures of each prompt"] = 4
-    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 2.0
+    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 2.5
     cfg_schedule: Annotated[
         str, "guidance over the codes or steps: all of it throughout, or from 1 or to 1", tuple(SCHEDULES)
     ] = "rising"
