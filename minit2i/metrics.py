@@ -28,7 +28,7 @@ from minit2i.backbones import shrink
 from minit2i.checkpoint import read_config, write_file
 from minit2i.data import BadEntry, DataConfig, Folder, crop, open_source, parse_size, to_pil
 from minit2i.fid import batches, features, fid, frechet, moments, pick_features, picture_set
-from minit2i.flags import add_flags, new_parser, pick
+from minit2i.flags import add_flags, count, new_parser, pick
 from minit2i.oracle import check_scene, score_scenes
 from minit2i.sample import PRETRAINED, Painter, SampleConfig, code_losses, load_vq
 from minit2i.scenes import CATEGORIES, caption, read_caption, render, scene_at
@@ -224,8 +224,9 @@ def enlarging(painter, cfg, source, n, batch=16):
         low = painter.vq.encode(shrink(some, f))
         drawn = painter.codes(captions[first : first + batch], replace(cfg, n=1), low=low)
         ways = {"drawn": drawn, "tokenizer": painter.vq.encode(some)}
-        ways = {way: painter.images(codes) for way, codes in ways.items()}
-        ways["bicubic"] = F.interpolate(painter.images(low), some.shape[2:], mode="bicubic").clamp(-1, 1)
+        ways = {way: shrink(painter.images(codes), painter.vq.cfg.upscale) for way, codes in ways.items()}
+        small = shrink(painter.images(low), painter.vq.cfg.upscale)
+        ways["bicubic"] = F.interpolate(small, some.shape[2:], mode="bicubic").clamp(-1, 1)
         sums = {way: total + float(psnr(ways[way], some).sum()) for way, total in sums.items()}
     return {way: total / len(images) for way, total in sums.items()} | {"n": len(images)}
 
@@ -251,10 +252,15 @@ def recall(painter, cfg, prompts, among=(), ignore=TONE):
     picture is the caption's own, or has the same caption once the part that `ignore` matches is taken away;
     and [(prompt, nearest caption)].
     """
+    try:
+        re.compile(ignore)
+    except re.error as e:
+        raise ValueError(f"--ignore {ignore!r} is no pattern: {e}") from None
     sets = [captioned(source, range(len(source)), painter) for source in map(Folder, (prompts, *among))]
     (images, captions), n = (sum(parts, []) for parts in zip(*sets)), len(sets[0][0])
     known = picture_latents(painter, torch.stack(images))
     drawn = torch.cat([im for _, im in painter.paint(captions[:n], replace(cfg, n=1), bar=True)])
+    drawn = shrink(drawn, painter.vq.cfg.upscale)
     nearest = torch.cdist(picture_latents(painter, drawn), known).argmin(1).tolist()
 
     def concept(text):
@@ -290,22 +296,22 @@ def make_parser():
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     scenes = commands.add_parser("scenes", help="a prior's accuracy on generated scenes, by category")
-    scenes.add_argument("--prompts_per_category", type=int, default=500)
+    scenes.add_argument("--prompts_per_category", type=count, default=500)
     compose = commands.add_parser("recall", help="how often the picture drawn for a caption is nearest to its own")
     compose.add_argument("--prompts", required=True, help="folder of captioned pictures")
     compose.add_argument("--among", nargs="*", default=[], help="further folders whose pictures compete")
     compose.add_argument("--ignore", default=TONE, help="what of a caption is not the concept: a pattern")
     rerank = commands.add_parser("rerank", help="what choosing the best of --n pictures of a scene gains, by score")
-    rerank.add_argument("--prompts_per_category", type=int, default=50)
+    rerank.add_argument("--prompts_per_category", type=count, default=50)
     rerank.add_argument("--captioner", help="a prior of --order image, for the loss of the caption (CapLoss)")
     rerank.add_argument("--towers", help="a model of --objective contrast")
     reading = commands.add_parser("captions", help="how often what a captioner says of a scene is true")
-    reading.add_argument("--prompts_per_category", type=int, default=20)
+    reading.add_argument("--prompts_per_category", type=count, default=20)
     larger = commands.add_parser(
         "enlarge", help="PSNR of pictures enlarged by a prior of --low, beside bicubic interpolation"
     )
     larger.add_argument("--images", required=True, help="captioned pictures: a folder, tar shards, or 'scenes'")
-    larger.add_argument("--pictures", type=int, default=32, help="how many of them, the first [32]")
+    larger.add_argument("--pictures", type=count, default=32, help="how many of them, the first [32]")
     for command in (scenes, compose, rerank, reading, larger):
         command.add_argument("--model", default=str(PRETRAINED), help="folder of a prior [the one that ships]")
         add_flags(command, SampleConfig)
@@ -318,7 +324,11 @@ def make_parser():
     sets.add_argument("--radii", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="blurs in pixels [0 1 2 4 8]")
     for command in (tokenizer, sets):
         add = command.add_argument
-        add("--features", default="inception", help="'inception', a file of its weights, or a tokenizer's folder")
+        add(
+            "--features",
+            default="inception",
+            help="'inception', a file of its weights, or a folder: a tokenizer's or two towers'",
+        )
         add("--size", default="", help="crop to 64 or HEIGHTxWIDTH [the tokenizer's, the first fake's]")
         add("--n", type=int, default=0, help="look at the first n pictures; 0: all [0]")
         add("--cache", default="out/cache", help="where features are kept [out/cache]")
@@ -340,7 +350,7 @@ def measure_prior(args):
     if (args.command == "captions") != (painter.prior.cfg.order == "image"):
         raise ValueError(f"{args.model}: captions needs a prior of --order image, and all others one of --order text")
     if args.command == "rerank":
-        judges = {"likelihood": None}
+        judges = {} if painter.prior.masked else {"likelihood": None}  # a masked prior has none
         if args.captioner:
             judges["caploss"] = Painter(args.captioner, device)
         if args.towers:

@@ -281,10 +281,14 @@ def test_what_a_captioner_says_is_true_or_not():
     assert sum(true for _, true, _ in metrics.scene_captions(Fake(1), SampleConfig(), 3)) < 4
 
 
-def test_one_picture_a_prompt_but_for_rerank(monkeypatch):
+def test_flags_that_cannot_be_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="--n 8 is for rerank"):
         command(monkeypatch, "scenes", "--n", 8)
     with pytest.raises(ValueError, match="--order image"):
         command(monkeypatch, "captions", "--device", "cpu")
+    with pytest.raises(ValueError, match="is no pattern"):
+        metrics.recall(None, SampleConfig(), "prompts", ignore="(")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "scenes", "--prompts_per_category", 0)
     with pytest.raises(ValueError, match="does not enlarge"):
         command(monkeypatch, "enlarge", "--images", "scenes", "--device", "cpu")

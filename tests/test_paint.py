@@ -289,3 +289,9 @@ def test_enlarging_is_measured_beside_bicubic(larger, pictures, tmp_path):  # no
     assert found["tokenizer"] == pytest.approx(float(metrics.psnr(again, images).mean()), abs=0.01)
     assert found["bicubic"] == pytest.approx(float(metrics.psnr(up, images).mean()), abs=0.01)
     assert 0 < found["drawn"] < 60 and found["n"] == 3
+
+
+def test_a_masked_priors_scenes_are_reranked_by_their_captions_alone(masked, captioner, tmp_path):
+    flags = "--n", 2, "--steps", 2, "--prompts_per_category", 1, "--device", "cpu", "--out", tmp_path / "r.json"
+    call(metrics, "rerank", "--model", masked, "--captioner", captioner, *flags)
+    assert set(json.loads((tmp_path / "r.json").read_text())["figures"]) == {"any", "caploss"}
