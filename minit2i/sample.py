@@ -43,7 +43,7 @@ class SampleConfig:
     cfg_schedule: Annotated[
         str, "guidance over the codes or steps: all of it throughout, or from 1 or to 1", tuple(SCHEDULES)
     ] = "rising"
-    temperature: Annotated[float, "below 1 safer, above 1 more varied; 0 always takes the likeliest code"] = 1.0
+    temperature: Annotated[float, "below 1 safer, above 1 more varied; 0 always takes the likeliest code"] = 0.8
     temperature_schedule: Annotated[str, "the same over the codes, from 1 or to 1", tuple(SCHEDULES)] = "constant"
     top_k: Annotated[int, "draw from the k likeliest codes; 0: from all"] = 0
     top_p: Annotated[float, "draw from the likeliest codes that hold this much probability"] = 0.9

@@ -262,7 +262,7 @@ def test_a_captioner_reads_the_picture_first(text, pos):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     codes = torch.randint(0, 13, (2, 6))
-    cfg = SampleConfig(n=2, top_p=0.8)
+    cfg = SampleConfig(n=2, top_p=0.8, temperature=1.0)
     ids = write_captions(model, codes, 1, 2, cfg)
     for b, row in enumerate(ids):  # a naive loop
         noise = torch.rand(5, generator=torch.Generator().manual_seed(b % 2))
