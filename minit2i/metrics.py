@@ -119,23 +119,25 @@ def scene_prompts(category, held_out, n, seed=1_000_003):
     return prompts
 
 
-def scene_accuracy(painter, cfg, n=500, batch=250, say=print):
+def scene_accuracy(painter, cfg, n=500, batch=25, say=print):
     """Accuracy by category of one picture for each of n prompts, seen and held-out combinations apart.
 
     painter: sample.Painter; cfg: SampleConfig -> {"seen": {category: accuracy, "overall": mean}, "held_out": ...,
     "tokenizer": ...}; the tokenizer's row is the oracle on true renders of the seen prompts that went through the
-    tokenizer and back, which no prior can beat by more than luck.
+    tokenizer and back, which no prior can beat by more than luck.  The first `batch` prompts have seed cfg.seed, the next
+    another, so that not all hang on one noise.
     """
     table = {}
     for split, held_out in (("seen", False), ("held_out", True)):
         results, roundtrip = [], []
         for category in CATEGORIES:
             prompts = scene_prompts(category, held_out, n)
-            pictures = painter.paint([p[0] for p in prompts], replace(cfg, n=1), batch=batch, bar=False)
-            for (_, images), (_, claim, _) in zip(pictures, prompts):
-                results.append((category, check_scene(to_pil(images[0]), claim, category)))
-            for first in range(0, 0 if held_out else n, batch):
-                some = prompts[first : first + batch]
+            for first in range(0, n, batch):
+                some, part = prompts[first : first + batch], replace(cfg, n=1, seed=cfg.seed + first)
+                for (_, images), (_, claim, _) in zip(painter.paint([p[0] for p in some], part, batch), some):
+                    results.append((category, check_scene(to_pil(images[0]), claim, category)))
+                if held_out:
+                    continue
                 images = torch.stack([crop(render(scene, *painter.size), painter.size) for _, _, scene in some])
                 images = painter.vq.decode(painter.vq.encode(images.to(painter.device)))
                 for image, (_, claim, _) in zip(images, some):
