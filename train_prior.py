@@ -10,7 +10,6 @@
     python train_prior.py --init out/prior --size 128 --low 2 ...        token super-resolution
 """
 
-import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from minit2i.backbones import shrink
 from minit2i.checkpoint import load_model, load_state, read_config, save_run, write_file
 from minit2i.contrast import Contrast, evaluate_towers, fit_encoder
-from minit2i.data import BadEntry, DataConfig, Skipped, grid_image, parse_size, split, step_batches
+from minit2i.data import DataConfig, Skipped, captions, grid_image, parse_size, split, step_batches
 from minit2i.flags import parse_flags, pick
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, SIZES, GPTConfig, fit_grid
@@ -152,13 +151,6 @@ def collate(samples):
     """[(ids, codes, low, cut)] -> text (B, T), codes (B, N), low-resolution codes (B, M), number of captions cut."""
     text, codes, low, cut = zip(*samples)
     return torch.stack(text), torch.stack(codes), torch.stack(low), sum(cut)
-
-
-def captions(source, indices):
-    """The captions of some entries, as far as they can be read."""
-    for i in indices:
-        with contextlib.suppress(BadEntry):
-            yield from source.captions(int(i))
 
 
 def keep_inputs(cfg, source, indices):

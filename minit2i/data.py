@@ -7,6 +7,7 @@ A source knows its entries by number: `key(i)`, `picture(i) -> PIL image`, `capt
 Shapes: B batch, H W picture.
 """
 
+import contextlib
 import glob
 import hashlib
 import inspect
@@ -309,6 +310,13 @@ def open_source(spec, cfg):
     if not len(source):
         raise ValueError(f"no pictures in {spec}; looked for {' '.join(EXTENSIONS)}")
     return source
+
+
+def captions(source, indices):
+    """The captions of some entries, as far as they can be read."""
+    for i in indices:
+        with contextlib.suppress(BadEntry):
+            yield from source.captions(int(i))
 
 
 def split(cfg):

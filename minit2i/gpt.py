@@ -289,7 +289,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def compile_step(self):
-        """Draw with torch.compile: one graph for every position, on a GPU a CUDA graph; the cache keeps its shape for it."""
+        """Draw with torch.compile: one graph for every position, as the cache keeps its shape.  Not tried on a GPU yet."""
         self.step = torch.compile(self.trunk, dynamic=False, mode="reduce-overhead")
 
     def logits(self, text, codes, low=None):

@@ -26,7 +26,7 @@ from PIL import Image
 
 from minit2i.backbones import shrink
 from minit2i.checkpoint import read_config, write_file
-from minit2i.data import BadEntry, DataConfig, Folder, crop, open_source, parse_size, to_pil
+from minit2i.data import BadEntry, DataConfig, crop, open_source, parse_size, to_pil
 from minit2i.fid import batches, features, fid, frechet, moments, pick_features, picture_set
 from minit2i.flags import add_flags, count, new_parser, pick
 from minit2i.oracle import check_scene, score_scenes
@@ -206,7 +206,7 @@ def captioned(source, indices, painter):
         except BadEntry as e:
             print(f"skipped {source.key(i)}: {e}")
     if not images:
-        raise ValueError("no captioned pictures to measure with")
+        raise ValueError(f"none of the {len(source)} pictures has a caption and can be read, {source.key(0)} for one")
     return images, captions
 
 
@@ -258,7 +258,9 @@ def recall(painter, cfg, prompts, among=(), ignore=TONE):
         re.compile(ignore)
     except re.error as e:
         raise ValueError(f"--ignore {ignore!r} is no pattern: {e}") from None
-    sets = [captioned(source, range(len(source)), painter) for source in map(Folder, (prompts, *among))]
+    data = pick(DataConfig, painter.config["data"])
+    sources = [open_source(folder, data) for folder in (prompts, *among)]
+    sets = [captioned(source, range(len(source)), painter) for source in sources]
     (images, captions), n = (sum(parts, []) for parts in zip(*sets)), len(sets[0][0])
     known = picture_latents(painter, torch.stack(images))
     drawn = torch.cat([im for _, im in painter.paint(captions[:n], replace(cfg, n=1), bar=True)])

@@ -200,7 +200,8 @@ class Painter:
     def __init__(self, folder, device="cpu", dtype=torch.float32, vq="", kind="prior", compiled=False):
         """vq: a folder whose decoder is used instead: a finetuned or enlarging one of the same codes.
 
-        compiled: drawing code by code is compiled, which pays for many pictures.  kind "contrast": two towers, which score pictures and draw none.
+        compiled: drawing code by code is compiled, which pays for many pictures.
+        kind "contrast": two towers, which score pictures and draw none.
         """
         config = read_config(folder)
         if config.get("kind") != kind:

@@ -15,7 +15,6 @@ its own width), and parti's text encoder is not pre-trained.  The validation los
 import json
 import shlex
 import statistics
-from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from math import log
@@ -26,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from minit2i.checkpoint import read_config, write_file
 from minit2i.compare import train
-from minit2i.data import BadEntry, DataConfig, grid_image, parse_size, split
+from minit2i.data import DataConfig, captions, grid_image, parse_size, split
 from minit2i.flags import add_flags, count, new_parser, pick
 from minit2i.gpt import GPT, GPTConfig
 from minit2i.metrics import recall, scene_accuracy, seconds_a_picture
@@ -171,13 +170,6 @@ def report(out, rows):
     return table
 
 
-def first_captions(source, indices):
-    """The first caption of each entry that has one."""
-    for i in indices:
-        with suppress(BadEntry):
-            yield source.captions(int(i))[0]
-
-
 def main():
     parser = new_parser(__doc__)
     add = parser.add_argument
@@ -202,7 +194,7 @@ def main():
     if args.compose and not (Path(args.compose).is_dir() and Path(args.data).is_dir()):
         raise ValueError(f"--compose {args.compose} with --data {args.data}: the recall needs two folders of pictures")
     _, (source, indices) = split(DataConfig(data=args.data, size=args.size))
-    if not (prompts := list(islice(first_captions(source, indices), 8))):
+    if not (prompts := list(islice(captions(source, indices), 8))):
         raise ValueError(f"none of the {len(indices)} validation pictures of {args.data} has a caption")
     own = {name: widths(name, args) for name in names}  # all before the first is trained: one may not be possible
     rows = {name: make_row(name, Path(args.out, name), own[name], prompts, args) for name in names}

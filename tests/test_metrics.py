@@ -292,3 +292,11 @@ def test_flags_that_cannot_be_are_refused(monkeypatch):
         command(monkeypatch, "scenes", "--prompts_per_category", 0)
     with pytest.raises(ValueError, match="does not enlarge"):
         command(monkeypatch, "enlarge", "--images", "scenes", "--device", "cpu")
+
+
+def test_a_folder_without_pictures_or_captions_is_named(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_bytes(b"no picture")
+    for folder, message in (("empty", "no pictures in .*empty"), ("bad", "none of the 1 pictures .* x.png for one")):
+        with pytest.raises(ValueError, match=message):
+            command(monkeypatch, "recall", "--prompts", tmp_path / folder, "--device", "cpu")

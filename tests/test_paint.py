@@ -266,20 +266,8 @@ def test_what_sample_refuses(flags, message, prior, pictures, tmp_path):  # noqa
 
 
 def test_enlarging_is_measured_beside_bicubic(larger, pictures, tmp_path):  # noqa: F811
-    call(
-        metrics,
-        "enlarge",
-        "--model",
-        larger,
-        "--images",
-        pictures,
-        "--pictures",
-        3,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "e.json",
-    )
+    flags = "--images", pictures, "--pictures", 3, "--device", "cpu", "--out", tmp_path / "e.json"
+    call(metrics, "enlarge", "--model", larger, *flags)
     found = json.loads((tmp_path / "e.json").read_text())["figures"]
     painter = Painter(larger)
     images = torch.stack(metrics.captioned(Folder(pictures), range(3), painter)[0])

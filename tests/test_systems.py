@@ -105,7 +105,7 @@ def test_rows_are_trained_once_measured_and_put_side_by_side(pictures, tmp_path,
 def test_a_picture_without_a_caption_gives_no_prompt(tmp_path):
     for name in ("a.png", "b.png", "b.txt"):
         (tmp_path / name).write_text("two\nlines")
-    assert list(systems.first_captions(Folder(tmp_path), range(2))) == ["two"]
+    assert list(systems.captions(Folder(tmp_path), range(2))) == ["two", "lines"]
 
 
 def test_an_unknown_recipe_is_refused(tmp_path):
