@@ -2,14 +2,13 @@
 
     whole sequence    full or none: products, or scaled_dot_product_attention
                       other masks on a GPU: FlexAttention with block masks, compiled
-                      other masks on a CPU: groups of queries that read the keys that any of them sees
+                      other masks on a CPU: bands of queries that read the rows or columns that any of them sees
     one new position  the keys that it sees; compiled, where shapes must stay, all of the cache under a row of the mask
     else              the dense mask
 
 All of it is derived from the mask's function in masks.py.
 
-Shapes: B batch, H heads, S queries, M keys, K head size, T text length, h w code grid, L whole sequence,
-G groups of g queries and n keys.
+Shapes: B batch, H heads, S queries, M keys, K head size, T text length, h w code grid, L whole sequence.
 """
 
 import math
@@ -35,34 +34,34 @@ class Layout(torch.nn.Module):
             self.text_ahead = bool(ahead[:t].any())  # some text is seen by the position that has to predict it
             self.image_ahead = bool(ahead[:, t:].any())  # the same of codes
             self.causal, self.open = dense.equal(at <= at[:, None]), bool(dense.all())
+            self.lead = t if bool(dense[t:, :t].all()) else 0  # keys at the start that all codes see
             self.ends = dense.sum(1).cumsum(0).tolist()
             seen = at[:0] if self.causal else dense.nonzero()[:, 1]
             self.register_buffer("seen", seen, persistent=False)  # keys of position 0, of 1, ...
-            self.group(dense, at)
+            self.band(dense, at)
 
-    def group(self, dense, at):
-        """Groups of queries, rows or columns together, whichever needs fewer scores.
+    def band(self, dense, at):
+        """Bands of queries, each with the lines of keys that any of them sees; a line is a row or a column of codes.
 
-        order (L,) positions with rows or columns together; queries (G, g) and keys (G, n) positions,
-        visible (G, g, n) bool; back (L,) where in the G*g outputs each position's is.
+        order (L,) positions with rows or columns together, whichever needs fewer scores; its first block is the prefix,
+        the others are lines; blocks and queries: their sizes; bands: the blocks that each band reads; visible0, ...: what
+        its queries see there, bool.
         """
-        t, least = self.cfg.n_prefix, math.inf
+        t, self.scores = self.cfg.n_prefix, math.inf
         grid = at[t:].view(self.cfg.grid_h, self.cfg.grid_w)
         for lines in (grid, grid.t()):
-            g = max(1, 32 // lines.shape[1]) * lines.shape[1]  # measured: 32 or more, as small products are slow
-            queries = torch.cat([chunks(at[:t], g), chunks(lines.flatten(), g)])  # (G, g)
-            some = dense[queries].any(1)  # (G, L)
-            n = int(some.sum(1).max())
-            if queries.numel() * n < least:
-                least, self.by_columns = queries.numel() * n, lines is not grid
-                keys = some.byte().argsort(dim=1, descending=True, stable=True)[:, :n]  # (G, n): those seen first
-                visible = dense[queries[:, :, None], keys[:, None]]  # (G, g, n)
-                back = torch.empty_like(at).scatter_(0, queries.flatten(), torch.arange(queries.numel()))
-                order = torch.cat([at[:t], lines.flatten()])
-                tensors = dict(order=order, queries=queries.flatten(), keys=keys.flatten(), visible=visible, back=back)
-        self.saves = least < at.numel() ** 2 / 2  # measured: else the dense way is as fast
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
+            blocks, per = [at[:t], *lines], max(1, 128 // lines.shape[1])  # measured: bands of 64 to 128 are best
+            queries = [q for q in (at[:t], *map(torch.flatten, lines.split(per))) if len(q)]  # there may be no prefix
+            bands = [[i for i, keys in enumerate(blocks) if dense[q][:, keys].any()] for q in queries]
+            keys = [torch.cat([blocks[i] for i in some]) for some in bands]
+            scores = sum(len(q) * len(k) for q, k in zip(queries, keys))
+            if scores < self.scores:
+                self.scores, self.bands, self.by_columns, order = scores, bands, lines is not grid, torch.cat(blocks)
+                self.blocks, self.queries = [len(x) for x in blocks], [len(x) for x in queries]
+                visible = [dense[q][:, k] for q, k in zip(queries, keys)]
+        self.register_buffer("order", order, persistent=False)
+        for i, some in enumerate(visible):
+            self.register_buffer(f"visible{i}", some, persistent=False)
 
     def keys_of(self, position):
         """The keys that one position sees, if the mask is not plainly causal: (M,)."""
@@ -80,11 +79,6 @@ class Layout(torch.nn.Module):
 
             self.block_masks[device] = create_block_mask(visible, None, None, cfg.length, cfg.length, device=device)
         return self.block_masks[device]
-
-
-def chunks(positions, g):
-    """positions (n,) -> (ceil(n/g), g); the last one is repeated to fill."""
-    return positions[torch.arange(-(-len(positions) // g) * g).clamp(max=len(positions) - 1)].view(-1, g)
 
 
 @cache
@@ -107,9 +101,11 @@ def attend(q, k, v, layout, start=0, alpha=None):
         return dense(q, k, v, layout.dense[start, :stop], alpha=alpha)
     if s == 1 and stop > 1:
         seen = None if layout.causal else layout.keys_of(start)
-        if seen is not None and len(seen) < stop:
-            k, v = k.index_select(2, seen), v.index_select(2, seen)
-        return dense(q, k, v, alpha=alpha)
+        if seen is None or len(seen) == stop:
+            return dense(q, k, v, alpha=alpha)
+        lead = layout.lead if start >= layout.lead >= 128 else 0  # measured: fewer are gathered sooner than read apart
+        k, v = ((x[:, :, :lead], x.index_select(2, seen[lead:])) for x in (k, v))
+        return beside(q, k, v, alpha) if lead else dense(q, k[1], v[1], alpha=alpha)
     if layout.causal and start == 0:
         return dense(q, k, v, causal=True, alpha=alpha)
     if s < layout.cfg.length:
@@ -118,17 +114,17 @@ def attend(q, k, v, layout, start=0, alpha=None):
         return dense(q, k, v, alpha=alpha)
     if q.is_cuda:
         return flex(q, k, v, layout, alpha)
-    return grouped(q, k, v, layout, alpha) if layout.saves else dense(q, k, v, layout.dense, alpha=alpha)
+    return banded(q, k, v, layout, alpha)
 
 
 def dense(q, k, v, mask=None, causal=False, alpha=None):
     """softmax(q k^T / sqrt K + mask) v: q (B, H, S, K), k and v (B, H, M, K), mask (S, M) bool -> (B, H, S, K).
 
-    Training on a CPU, up to 512 keys, uses products with a softmax in between: the fused kernel's backward
-    is slow there.  If causal, 64 queries at a time read only the keys up to the last of them.
+    Training on a CPU in half precision, up to 512 keys, uses products with a softmax in between: the fused kernel's
+    backward is slow there.  If causal, 64 queries at a time read only the keys up to the last of them.
     """
     n = q.shape[2]
-    if not q.is_cpu or not q.requires_grad or k.shape[2] > 512:
+    if not q.is_cpu or not q.requires_grad or q.dtype == torch.float32 or k.shape[2] > 512:
         q, scale = divided(q, alpha)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     if causal:
@@ -157,13 +153,27 @@ def products(q, k, v, mask, alpha=None):
     return score.softmax(-1) @ v
 
 
-def grouped(q, k, v, layout, alpha=None):
-    """The whole sequence in groups of queries, each with the keys that any of its queries sees."""
-    groups = layout.visible.shape[0]
-    q = q.index_select(2, layout.queries).unflatten(2, (groups, -1))  # (B, H, G, g, K)
-    k, v = (x.index_select(2, layout.keys).unflatten(2, (groups, -1)) for x in (k, v))  # (B, H, G, n, K)
-    y = products(q, k, v, layout.visible, alpha).flatten(2, 3)  # (B, H, G*g, K)
-    return y.index_select(2, layout.back)
+def beside(q, ks, vs, alpha=None):
+    """Attention to keys in several places, none of which is copied: q (B, H, S, K), each of ks and vs (B, H, M_i, K)."""
+    q = q * (q.shape[-1] ** -0.5 / (alpha or 1))
+    score = torch.cat([q @ k.mT for k in ks], -1)
+    if alpha is not None:
+        score = (score - score.amax(-1, keepdim=True)) * alpha
+    shares = score.softmax(-1).split([k.shape[2] for k in ks], -1)
+    return sum(share @ v for share, v in zip(shares, vs))
+
+
+def banded(q, k, v, layout, alpha=None):
+    """The whole sequence in bands of queries, each with the prefix and the rows or columns that any of them sees."""
+    if layout.by_columns:
+        q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
+    k, v = k.split(layout.blocks, 2), v.split(layout.blocks, 2)
+    out = []
+    for i, (part, some) in enumerate(zip(q.split(layout.queries, 2), layout.bands)):
+        keys, values = (torch.cat([x[j] for j in some], 2) for x in (k, v))
+        out.append(dense(part, keys, values, getattr(layout, f"visible{i}"), alpha=alpha))
+    y = torch.cat(out, 2)
+    return y.index_select(2, layout.order.argsort()) if layout.by_columns else y
 
 
 def flex(q, k, v, layout, alpha=None):
