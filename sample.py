@@ -99,21 +99,12 @@ def check(args):
 # --- prompts and pictures in ---------------------------------------------------------------------------
 
 
-class Prompt(str):
-    """A prompt that knows its line."""
-
-    number = 0
-
-
 def read_prompts(path):
-    """The lines of a file, one at a time, without empty ones."""
+    """The lines of a file, one at a time, without empty ones, with their numbers."""
     if Path(path).is_fifo():
         raise ValueError(f"--prompts {path} is a pipe, and it is read twice: write the prompts to a file")
     with open(path, encoding="utf-8-sig", errors="replace") as f:
-        for number, line in enumerate(line for line in map(str.strip, f) if line):
-            prompt = Prompt(line)
-            prompt.number = number
-            yield prompt
+        yield from enumerate(line for line in map(str.strip, f) if line)
 
 
 def read_picture(flag, path, size):
@@ -178,8 +169,8 @@ class Frames:
         self.every, self.seen, self.frames = every, 0, {}
 
     def __call__(self, prompts, codes):
-        for prompt, own in zip(prompts, codes):
-            key, drawn = prompt.number, int((own >= 0).sum())
+        for (key, _), own in zip(prompts, codes):
+            drawn = int((own >= 0).sum())
             kept = self.frames.setdefault(key, [])
             if kept and drawn < kept[-1][0]:  # this batch failed before, and is drawn again
                 kept.clear()
@@ -202,6 +193,7 @@ class Output:
 
     def __init__(self, args, cfg, model, total):
         self.path, self.cfg, self.model, self.rerank, self.total = Path(args.out), cfg, model, args.rerank, total
+        self.best_of = args.best_of
         flags_used = ("image", "keep_rows", "mask", "size", "enlarge", "times", "best_of", "half")
         self.settings = asdict(cfg) | {k: getattr(args, k) for k in flags_used if getattr(args, k)}
         self.single, self.prompts, self.images, self.scores = self.path.suffix.lower() == ".png", [], [], []
@@ -210,38 +202,39 @@ class Output:
         if self.single and (total * cfg.n > 1024 or total > 1 and args.every):
             raise ValueError(f"the pictures of {total} prompts do not go into one PNG; name a folder with --out")
 
-    def file(self, prompt, end):
+    def file(self, number, prompt, end):
         name = re.sub(r"[^\w]+", "-", prompt)[:60].encode()[:180].decode(errors="ignore")  # systems allow 255 bytes
         name = name.strip("-") or "picture"
-        return self.path / f"{prompt.number:05d}-{name}-{end}.png"
+        return self.path / f"{number:05d}-{name}-{end}.png"
 
-    def chunks(self, prompt, i):
-        settings = json.dumps(self.settings | {"seed": self.cfg.seed + i})
-        return dict(prompt=str(prompt), model=self.model, settings=settings)
+    def chunks(self, number, prompt, i):
+        """What a PNG says of itself; the seed is the picture's own, or of several the first that it was chosen from."""
+        seed = self.cfg.seed + (number * self.best_of if self.best_of else number * self.cfg.n + i)
+        return dict(prompt=prompt, model=self.model, settings=json.dumps(self.settings | {"seed": seed}))
 
-    def has(self, prompt):
+    def has(self, number, prompt):
         """Whether all of a prompt's pictures are there, drawn by the same model with the same settings."""
         if self.single:
             return False
         with suppress(OSError, SyntaxError, ValueError):
             for i in range(self.cfg.n):
-                with Image.open(self.file(prompt, i)) as im:
-                    if any(im.info.get(k) != v for k, v in self.chunks(prompt, i).items()):
+                with Image.open(self.file(number, prompt, i)) as im:
+                    if any(im.info.get(k) != v for k, v in self.chunks(number, prompt, i).items()):
                         return False
             return True
         return False
 
-    def add(self, prompt, images, scores, animation):
+    def add(self, number, prompt, images, scores, animation):
         """images (n, 3, H, W); scores: floats or None; animation: bytes or None."""
         if animation:
             growing = self.path.with_name(f"{self.path.stem}-growing.png")
-            write_file(growing if self.single else self.file(prompt, "growing"), animation)
+            write_file(growing if self.single else self.file(number, prompt, "growing"), animation)
         if self.single:
             self.prompts.append(prompt), self.images.append(images.cpu()), self.scores.append(scores)
             return
         for i, image in enumerate(images):
             score = {self.rerank: f"{scores[i]:.5f}"} if scores else {}
-            save_image(self.file(prompt, i), to_pil(image), **self.chunks(prompt, i), **score)
+            save_image(self.file(number, prompt, i), to_pil(image), **self.chunks(number, prompt, i), **score)
 
     def close(self):
         if not self.images:
@@ -296,30 +289,31 @@ def main():
     total = 1 if args.prompts is None else sum(1 for _ in read_prompts(args.prompts))
     if not total:
         raise ValueError(f"no prompts in {args.prompts}")
-    prompts = [Prompt(args.prompt)] if args.prompts is None else read_prompts(args.prompts)
+    prompts = [(0, args.prompt)] if args.prompts is None else read_prompts(args.prompts)
     hashes = [p.hash for p in (painter, larger, judge) if p] + ([(larger or painter).vq.hash] if args.vq else [])
     out = Output(args, cfg, "+".join(hashes), total)
     frames, failures = Frames(args.every) if args.every else None, []
     with Bar(total) as bar:
 
         def todo():
-            for prompt in prompts:
-                if out.has(prompt):
+            for number, prompt in prompts:
+                if out.has(number, prompt):
                     bar.update(1)
                 else:
-                    yield prompt
+                    yield number, prompt
 
-        def failed(prompt, e):
+        def failed(number, prompt, e):
             failures.append(f"{prompt!r}: {e}")
 
         many = replace(cfg, n=args.best_of or cfg.n)
-        for prompt, codes in painter.draw(todo(), many, known, args.batch, bar, frames, failed):
+        for number, prompt, codes in painter.draw(todo(), many, known, args.batch, bar, frames, failed):
             try:
-                images, scores = finish(prompt, codes, painter, larger, judge, cfg, args)
+                own = replace(cfg, seed=cfg.seed + number * cfg.n)
+                images, scores = finish(prompt, codes, painter, larger, judge, own, args)
             except RuntimeError as e:  # no memory left is one
-                failed(prompt, e)
+                failed(number, prompt, e)
                 continue
-            out.add(prompt, images, scores, frames.animation(painter, prompt.number) if frames else None)
+            out.add(number, prompt, images, scores, frames.animation(painter, number) if frames else None)
     out.close()
     cut = painter.text.n_cut
     print(

@@ -154,13 +154,13 @@ def products(q, k, v, mask, alpha=None):
 
 
 def beside(q, ks, vs, alpha=None):
-    """Attention to keys in several places, none of which is copied: q (B, H, S, K), each of ks and vs (B, H, M_i, K)."""
+    """Attention to keys in two places, which are not copied together: q (B, H, S, K), both of ks and vs (B, H, M_i, K)."""
     q = q * (q.shape[-1] ** -0.5 / (alpha or 1))
     score = torch.cat([q @ k.mT for k in ks], -1)
     if alpha is not None:
         score = (score - score.amax(-1, keepdim=True)) * alpha
-    shares = score.softmax(-1).split([k.shape[2] for k in ks], -1)
-    return sum(share @ v for share, v in zip(shares, vs))
+    first, second = score.softmax(-1).split([k.shape[2] for k in ks], -1)
+    return first @ vs[0] + second @ vs[1]
 
 
 def banded(q, k, v, layout, alpha=None):

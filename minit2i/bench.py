@@ -69,15 +69,15 @@ def prior_step(model, batch, device, precision, compiled):
 
 
 def mask_table(cfg, batch, device, precision, rounds, compiled):
-    """Each mask beside full: one layer's attention forward and backward, a training step, a code drawn by the cache."""
-    work, text = {}, torch.randint(0, cfg.n_vocab, (2, cfg.text_len), device=device)
+    """Each mask beside full: one layer's attention forward and backward, a training step, 32 codes of a guided batch drawn."""
+    work, text = {}, torch.randint(0, cfg.n_vocab, (2 * batch, cfg.text_len), device=device)
     dtype = DTYPES[precision]
     shape = (batch, cfg.n_head, cfg.length, cfg.n_embd // cfg.n_head)
     names = [name for name in MASKS if not Layout(name, cfg).image_ahead] + ["dalle"]
     for name in names:
         model = GPT(replace(cfg, mask=name)).to(device)
         drawing = GPT(model.cfg).to(device, dtype if device.type != "cpu" else torch.float32).requires_grad_(False)
-        cache = Cache(drawing, 2, cfg.length)
+        cache = Cache(drawing, 2 * batch, cfg.length)
         qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
         if name != "dalle":
             layout = model.layouts[name]

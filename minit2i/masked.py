@@ -43,7 +43,7 @@ def still_hidden(at_start, hidden, u):
 
 
 @torch.inference_mode()
-def unmask(model, text, empty, cfg, known=None, low=None, watch=None):
+def unmask(model, text, empty, cfg, known=None, low=None, watch=None, seeds=None):
     """Draw codes for P prompts, cfg.n pictures each, all places at once in cfg.steps steps.
 
     Arguments and seeds as in sample.generate; known codes never change.  Confidence is the drawn code's log
@@ -53,7 +53,7 @@ def unmask(model, text, empty, cfg, known=None, low=None, watch=None):
     n_image = model.cfg.n_image
     codes = torch.full((b, n_image), -1, device=device) if known is None else known.clone()
     at_start = (codes < 0).sum(1)  # (B,)
-    sources = [torch.Generator().manual_seed(cfg.seed + i) for i in range(cfg.n)]
+    sources = [torch.Generator().manual_seed(s) for s in seeds or range(cfg.seed, cfg.seed + b)]
     text = text.repeat_interleave(cfg.n, 0)  # (B, T)
     if guided:
         text = torch.cat([text, empty.expand_as(text)])  # (2B, T)
@@ -61,8 +61,8 @@ def unmask(model, text, empty, cfg, known=None, low=None, watch=None):
     low = both(low)
     for step in range(cfg.steps):
         u = (step + 1) / cfg.steps
-        noise = torch.stack([torch.rand(2, n_image, generator=s) for s in sources])  # (n, 2, N)
-        pick, choice = noise.repeat(b // cfg.n, 1, 1).to(device).unbind(1)  # (B, N)
+        noise = torch.stack([torch.rand(2, n_image, generator=s) for s in sources])  # (B, 2, N)
+        pick, choice = noise.to(device).unbind(1)  # (B, N)
         logits = model.logits(text, both(codes), low)[1].float()  # (2B, N, V)
         if guided:
             logits = guide(*logits.chunk(2), scheduled(cfg.cfg_scale, cfg.cfg_schedule, u))

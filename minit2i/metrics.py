@@ -119,25 +119,23 @@ def scene_prompts(category, held_out, n, seed=1_000_003):
     return prompts
 
 
-def scene_accuracy(painter, cfg, n=500, batch=25, say=print):
+def scene_accuracy(painter, cfg, n=500, batch=64, say=print):
     """Accuracy by category of one picture for each of n prompts, seen and held-out combinations apart.
 
     painter: sample.Painter; cfg: SampleConfig -> {"seen": {category: accuracy, "overall": mean}, "held_out": ...,
     "tokenizer": ...}; the tokenizer's row is the oracle on true renders of the seen prompts that went through the
-    tokenizer and back, which no prior can beat by more than luck.  The first `batch` prompts have seed cfg.seed, the next
-    another, so that not all hang on one noise.
+    tokenizer and back, which no prior can beat by more than luck.
     """
     table = {}
     for split, held_out in (("seen", False), ("held_out", True)):
         results, roundtrip = [], []
         for category in CATEGORIES:
             prompts = scene_prompts(category, held_out, n)
-            for first in range(0, n, batch):
-                some, part = prompts[first : first + batch], replace(cfg, n=1, seed=cfg.seed + first)
-                for (_, images), (_, claim, _) in zip(painter.paint([p[0] for p in some], part, batch), some):
-                    results.append((category, check_scene(to_pil(images[0]), claim, category)))
-                if held_out:
-                    continue
+            drawn = painter.paint([p[0] for p in prompts], replace(cfg, n=1), batch)
+            for (_, images), (_, claim, _) in zip(drawn, prompts):
+                results.append((category, check_scene(to_pil(images[0]), claim, category)))
+            for first in () if held_out else range(0, n, batch):
+                some = prompts[first : first + batch]
                 images = torch.stack([crop(render(scene, *painter.size), painter.size) for _, _, scene in some])
                 images = painter.vq.decode(painter.vq.encode(images.to(painter.device)))
                 for image, (_, claim, _) in zip(images, some):
@@ -168,7 +166,8 @@ def reranking(painter, cfg, judges, n=50):
     right, loss = [], {name: [] for name in judges}
     for category in CATEGORIES:
         prompts = scene_prompts(category, False, n)
-        for (text, codes), (_, claim, _) in zip(painter.draw([p[0] for p in prompts], cfg), prompts):
+        drawn = painter.draw(enumerate(p[0] for p in prompts), cfg)
+        for (_, text, codes), (_, claim, _) in zip(drawn, prompts):
             right.append([check_scene(to_pil(image), claim, category) for image in painter.images(codes)])
             for name, judge in judges.items():
                 loss[name].append(code_losses(painter, judge, text, codes))
@@ -224,7 +223,7 @@ def enlarging(painter, cfg, source, n, batch=16):
     for first in range(0, len(images), batch):
         some = torch.stack(images[first : first + batch]).to(painter.device)
         low = painter.vq.encode(shrink(some, f))
-        drawn = painter.codes(captions[first : first + batch], replace(cfg, n=1), low=low)
+        drawn = painter.codes(captions[first : first + batch], replace(cfg, n=1, seed=cfg.seed + first), low=low)
         ways = {"drawn": drawn, "tokenizer": painter.vq.encode(some)}
         ways = {way: shrink(painter.images(codes), painter.vq.cfg.upscale) for way, codes in ways.items()}
         small = shrink(painter.images(low), painter.vq.cfg.upscale)

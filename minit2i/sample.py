@@ -50,7 +50,7 @@ class SampleConfig:
     min_p: Annotated[float, "draw from the codes at least this many times as likely as the likeliest"] = 0.0
     steps: Annotated[int, "masked priors: steps that a picture is drawn in"] = 24
     choice_noise: Annotated[float, "masked priors: Gumbel noise, falling to 0, on which codes a step keeps"] = 4.5
-    seed: Annotated[int, "picture i of a prompt is drawn with seed + i"] = 0
+    seed: Annotated[int, "picture i of prompt k (both from 0) is drawn with seed + k n + i"] = 0
 
     def __post_init__(self):
         for name, least in dict(n=1, steps=1, temperature=0, top_k=0, cfg_scale=0, choice_noise=0).items():
@@ -65,24 +65,24 @@ class SampleConfig:
 # --- the loop ----------------------------------------------------------------------------------------
 
 
-def picture_noise(cfg, n, prompts, device):
-    """Uniform numbers (n, B) for n draws, column p * cfg.n + i from seed cfg.seed + i."""
-    noise = [torch.rand(n, generator=torch.Generator().manual_seed(cfg.seed + i)) for i in range(cfg.n)]
-    return torch.stack(noise).repeat(prompts, 1).to(device).t().contiguous()
+def picture_noise(seeds, n, device):
+    """Uniform numbers (n, B) for n draws of each picture, a column from each of B seeds."""
+    noise = [torch.rand(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(noise).to(device).t().contiguous()
 
 
 @torch.inference_mode()
-def generate(model, text, empty, cfg, known=None, low=None, watch=None):
+def generate(model, text, empty, cfg, known=None, low=None, watch=None, seeds=None):
     """Draw codes for P prompts, cfg.n pictures each, one code at a time.
 
     text (P, T) ids, or (P, T, W) states; empty (T,) ids of the empty caption, or its states, for guidance; known (P*n, N)
     codes that are given, -1 where to draw (a code sees those before it only); low (P*n, M) codes of the smaller
-    pictures -> codes (P*n, N).  Picture i of each prompt is drawn with seed cfg.seed + i, whatever else is in the
-    batch.  watch(codes): called after each code, with -1 where there is none yet.
+    pictures -> codes (P*n, N).  watch(codes): called after each code, with -1 where there is none yet.
+    seeds: of the P*n pictures, which are what they are whatever else is in the batch; else cfg.seed and those that follow.
     """
     c, device, guided = model.cfg, text.device, cfg.cfg_scale != 1
     b, t, p, n_image = len(text) * cfg.n, c.sequence.text_len, c.sequence.n_prefix, c.n_image
-    noise = picture_noise(cfg, n_image, len(text), device)  # (N, B)
+    noise = picture_noise(seeds or range(cfg.seed, cfg.seed + b), n_image, device)  # (N, B)
     codes = torch.full((b, n_image), -1, device=device) if known is None else known.clone()
     given = codes >= 0
     forced, free = given.any(0).tolist(), (~given.all(0)).nonzero().flatten().tolist()
@@ -115,10 +115,10 @@ def generate(model, text, empty, cfg, known=None, low=None, watch=None):
     return codes
 
 
-def draw_codes(model, text, empty, cfg, known=None, low=None, watch=None):
+def draw_codes(model, text, empty, cfg, known=None, low=None, watch=None, seeds=None):
     """`generate`, or for a masked prior `masked.unmask`."""
     loop = unmask if model.cfg.objective == "masked" else generate
-    return loop(model, text, empty, cfg, known, low, watch)
+    return loop(model, text, empty, cfg, known, low, watch, seeds)
 
 
 # --- captions and scores -----------------------------------------------------------------------------
@@ -126,9 +126,9 @@ def draw_codes(model, text, empty, cfg, known=None, low=None, watch=None):
 
 @torch.inference_mode()
 def write_captions(model, codes, bos, eos, cfg):
-    """A captioner (--order image) reads codes (P, N) -> ids (P*n, T), pads after the end mark; seeds as in `generate`."""
+    """A captioner (--order image) reads codes (P, N) -> ids (P*n, T), pads after the end mark."""
     t, b, n_image = model.cfg.text_len, len(codes) * cfg.n, codes.shape[1]
-    noise = picture_noise(cfg, t, len(codes), codes.device)
+    noise = picture_noise(range(cfg.seed, cfg.seed + b), t, codes.device)
     rows = torch.arange(len(codes), device=codes.device).repeat_interleave(cfg.n)
     cache = Cache(model, len(codes), 1 + n_image)
     start = torch.cat([torch.full_like(codes[:, :1], bos), model.code_ids(codes)], 1)
@@ -232,11 +232,11 @@ class Painter:
         """prompts -> ids (P, T), or states (P, T, W)."""
         return torch.stack([self.text.encode(prompt) for prompt in prompts]).to(self.device)
 
-    def codes(self, prompts, cfg, known=None, low=None, watch=None):
+    def codes(self, prompts, cfg, known=None, low=None, watch=None, seeds=None):
         """Draw codes: all pictures of a prompt, then the next prompt's -> (P*n, h, w).
 
         known (P*n, h, w), -1 where to draw; its grid may be larger than the prior's.  low (P*n, h/f, w/f): the codes of
-        the smaller pictures, for a prior that enlarges f times.  ValueError if the sizes do not fit.
+        the smaller pictures, for a prior that enlarges f times.  seeds as in `generate`.  ValueError if the sizes do not fit.
         """
         c, b = self.prior.cfg, len(prompts) * cfg.n
         own, f = (c.grid_h, c.grid_w), c.low
@@ -256,14 +256,16 @@ class Painter:
             raise ValueError(f"{grid[0]}x{grid[1]} codes are fewer than the {own[0]}x{own[1]} this prior draws")
         if f and (grid[0] % f or grid[1] % f):
             raise ValueError(f"{grid[0]}x{grid[1]} codes are not a multiple of {f}, the factor this prior enlarges by")
+        seeds = seeds or range(cfg.seed, cfg.seed + b)
 
         def window(part, k, top, left):
             small = None
             if f:
                 small = low[:, top // f : (top + own[0]) // f, left // f : (left + own[1]) // f].flatten(1)
-            settings = replace(cfg, seed=cfg.seed + 1_000_003 * k)  # noise of its own for each window
+            own_seeds = [s + 1_000_003 * k for s in seeds]  # noise of its own for each window
             alone = None if grid != own or watch is None else lambda codes: watch(codes.view(-1, *own))
-            return draw_codes(self.prior, ids, empty, settings, part.flatten(1), small, alone).view(-1, *own)
+            codes = draw_codes(self.prior, ids, empty, cfg, part.flatten(1), small, alone, own_seeds)
+            return codes.view(-1, *own)
 
         if grid == own:
             return window(known, 0, 0, 0)
@@ -287,17 +289,18 @@ class Painter:
         return images.masked_fill(hidden, 0.0)
 
     def draw(self, prompts, cfg, known=None, batch=64, bar=None, watch=None, failed=None):
-        """Any number of prompts (an iterable), at most `batch` pictures at a time -> yields (prompt, codes (n, h, w)).
+        """Any number of (k, prompt), at most `batch` pictures at a time -> yields (k, prompt, codes (n, h, w)).
 
-        known (1, h, w): of all pictures.  watch(prompts, codes (P, m, h, w)): called as they grow; bar: a
-        tqdm bar that counts prompts.  failed(prompt, error): called for a prompt that cannot be drawn, which is
-        then left out; without it the error is raised.
+        Picture i of prompt k has seed cfg.seed + k cfg.n + i.  known (1, h, w): of all pictures.  watch([(k, prompt)], codes
+        (P, m, h, w)): called as they grow; bar: a tqdm bar that counts prompts.  failed(k, prompt, error): called for a
+        prompt that cannot be drawn, which is then left out; without it the error is raised.
         """
 
         def batches(some):
             for i in range(0, cfg.n, batch):  # pictures of one prompt may not fit into one batch
-                part = replace(cfg, n=min(batch, cfg.n - i), seed=cfg.seed + i)
+                part = replace(cfg, n=min(batch, cfg.n - i))
                 given = None if known is None else known.expand(len(some) * part.n, -1, -1)
+                seeds = [cfg.seed + k * cfg.n + i + j for k, _ in some for j in range(part.n)]
 
                 def grown(codes):
                     if bar is not None:
@@ -305,18 +308,20 @@ class Painter:
                     if watch:
                         watch(some, codes.unflatten(0, (len(some), part.n)))
 
-                codes = self.codes(some, part, given, watch=grown if bar is not None or watch else None)
+                codes = self.codes(
+                    [p for _, p in some], part, given, None, grown if bar is not None or watch else None, seeds
+                )
                 yield codes.unflatten(0, (len(some), part.n))
 
         def attempt(some):
             try:
-                return list(zip(some, torch.cat(list(batches(some)), 1)))
+                return [(*which, codes) for which, codes in zip(some, torch.cat(list(batches(some)), 1))]
             except (RuntimeError, ValueError) as e:  # no memory left is a RuntimeError: try fewer at once
                 if failed is None:
                     raise
                 if len(some) > 1:
                     return attempt(some[: len(some) // 2]) + attempt(some[len(some) // 2 :])
-                failed(some[0], e)
+                failed(*some[0], e)
                 return []
 
         prompts = iter(prompts)
@@ -326,9 +331,9 @@ class Painter:
                 bar.update(len(some))
 
     def paint(self, prompts, cfg, batch=64, bar=False):
-        """As `draw`, but yields (prompt, images (n, 3, H, W)); bar: whether to show one."""
+        """As `draw`, of a list of prompts, but yields (prompt, images (n, 3, H, W)); bar: whether to show one."""
         with Bar(len(prompts), disable=not bar) as shown:
-            for prompt, codes in self.draw(prompts, cfg, batch=batch, bar=shown if bar else None):
+            for _, prompt, codes in self.draw(enumerate(prompts), cfg, batch=batch, bar=shown if bar else None):
                 yield prompt, torch.cat([self.images(part) for part in codes.split(batch)])
 
 

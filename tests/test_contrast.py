@@ -181,7 +181,7 @@ def test_resumed_it_goes_on_and_starts_a_prior(towers, vq, prior, pictures, tmp_
 def test_the_best_of_many_by_the_towers(towers, prior, tmp_path):  # noqa: F811
     painter, judge = Painter(prior), Painter(towers, kind="contrast")
     prompt = "a red circle"
-    codes = next(iter(painter.draw([prompt], SampleConfig(n=5))))[1]
+    codes = next(iter(painter.draw([(0, prompt)], SampleConfig(n=5))))[2]
     loss = sample.code_losses(painter, judge, prompt, codes, 2)
     a, b = judge.prior.features(judge.ids([prompt]), codes.flatten(1))
     assert torch.allclose(loss, 1 - (a * b).sum(1), atol=1e-5) and loss.unique().numel() > 1

@@ -120,8 +120,10 @@ def test_places_are_drawn_once_in_the_scheduled_numbers_and_known_ones_never_cha
 def test_pictures_are_a_function_of_the_seed_and_not_of_the_batch(model, text):
     cfg = SampleConfig(n=3, seed=5, steps=6, cfg_scale=3.0)
     together = unmask(model, text, EMPTY, cfg)
-    assert together.equal(torch.cat([unmask(model, t[None], EMPTY, cfg) for t in text]))
+    alone = [unmask(model, t[None], EMPTY, replace(cfg, seed=5 + 3 * k)) for k, t in enumerate(text)]
+    assert together.equal(torch.cat(alone))
     assert unmask(model, text[:1], EMPTY, replace(cfg, n=1, seed=6))[0].equal(together[1])
+    assert unmask(model, text[:1], EMPTY, cfg, seeds=[9, 2, 6])[2].equal(together[1])
     assert not together[0].equal(together[1])
     constant = unmask(model, text, EMPTY, replace(cfg, cfg_schedule="constant"))
     assert unmask(model, text, EMPTY, replace(cfg, cfg_schedule="rising")).equal(together)

@@ -240,7 +240,7 @@ def test_the_best_of_many_scenes_by_each_score(monkeypatch):
 
     class Fake:
         def draw(self, prompts, cfg):
-            return [(p, torch.arange(cfg.n)) for p in prompts]
+            return [(k, p, torch.arange(cfg.n)) for k, p in prompts]
 
         def images(self, codes):
             return codes

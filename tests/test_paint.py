@@ -88,8 +88,11 @@ def test_prompts_stream_resume_and_survive_one_that_fails(prior, tmp_path, monke
     assert "2 x 3 pictures" in capsys.readouterr().out
     names = ["00000-a-red-circle", "00002-a-blue-star", "00003-a-red-circle"]
     assert sorted(f.name for f in out.iterdir()) == [f"{n}-{i}.png" for n in names for i in range(2)]
-    same = [np.asarray(Image.open(out / f"{names[k]}-1.png")) for k in (0, 2)]
-    assert np.array_equal(*same)
+    last = Image.open(out / f"{names[2]}-1.png")
+    assert (seed := json.loads(last.text["settings"])["seed"]) == 3 * 2 + 1
+    draw("--model", prior, "--prompt", "a red circle", "--n", 1, "--seed", seed, "--out", tmp_path / "alone")
+    alone = Image.open(tmp_path / "alone" / "00000-a-red-circle-0.png")
+    assert np.array_equal(last, alone) and not np.array_equal(last, Image.open(out / f"{names[0]}-1.png"))
 
     times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
     (out / "00002-a-blue-star-0.png").write_bytes(b"cut short")
@@ -226,7 +229,7 @@ def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, cap
     prompt = "a red circle"
     with pytest.raises(ValueError, match="is a captioner"):
         judge.codes([prompt], SampleConfig(n=1))
-    codes = next(iter(painter.draw([prompt], SampleConfig(n=5))))[1]
+    codes = next(iter(painter.draw([(0, prompt)], SampleConfig(n=5))))[2]
     with pytest.raises(ValueError, match="needs a captioner"):
         sample.code_losses(painter, Painter(prior), prompt, codes)
     for rerank, flags, other in (("caploss", ("--captioner", captioner), judge), ("likelihood", (), None)):

@@ -110,8 +110,8 @@ def uncached(model, text, empty, cfg, known=None, low=None):
     n_image, out = model.cfg.n_image, []
     for prompt in text:
         for i in range(cfg.n):
-            noise = torch.rand(n_image, generator=torch.Generator().manual_seed(cfg.seed + i))
             codes, b = torch.zeros(1, n_image, dtype=torch.long), len(out)
+            noise = torch.rand(n_image, generator=torch.Generator().manual_seed(cfg.seed + b))
             small = None if low is None else low[b : b + 1]
             for k in range(n_image):
                 logits, u = model.logits(prompt[None], codes, small)[1][:, k], (k + 1) / n_image
@@ -171,10 +171,14 @@ def test_known_codes_anywhere_are_kept_and_seen_by_what_follows(model, text):
 def test_batched_equals_alone_and_seeds_name_pictures(model, text):
     cfg = SampleConfig(n=3, seed=5)
     together = generate(model, text, EMPTY, cfg)
-    alone = torch.cat([generate(model, t[None], EMPTY, cfg) for t in text])
-    assert together.equal(alone)
+    alone = [generate(model, t[None], EMPTY, replace(cfg, seed=5 + 3 * k)) for k, t in enumerate(text)]
+    assert together.equal(torch.cat(alone))
     second = generate(model, text[:1], EMPTY, replace(cfg, n=1, seed=6))
     assert second[0].equal(together[1]) and not together[0].equal(together[1])
+    same = generate(model, text[:1].repeat(2, 1), EMPTY, cfg)
+    assert not same[:3].equal(same[3:])  # the same prompt twice has two noises
+    seeds = [9, 2, 6]
+    assert generate(model, text[:1], EMPTY, cfg, seeds=seeds)[2].equal(second[0])
 
 
 def test_guidance_one_is_plain_conditional_and_zero_unconditional(model, text):
@@ -265,7 +269,7 @@ def test_a_captioner_reads_the_picture_first(text, pos):
     cfg = SampleConfig(n=2, top_p=0.8, temperature=1.0)
     ids = write_captions(model, codes, 1, 2, cfg)
     for b, row in enumerate(ids):  # a naive loop
-        noise = torch.rand(5, generator=torch.Generator().manual_seed(b % 2))
+        noise = torch.rand(5, generator=torch.Generator().manual_seed(b))
         expected = 11 + torch.arange(5)
         expected[0] = 1
         for t in range(1, 5):
