@@ -1,6 +1,6 @@
 """The six systems of the papers on the same data, steps and parameters, in one table.
 
-    python -m minit2i.systems --data scenes --out out/systems --vq "--steps 600" --prior "--steps 2000"
+    python -m minit2i.systems --data scenes --out out/systems --vq "--steps 600 --perceptual 0 --gan_start 400" --prior "--steps 2000"
     python -m minit2i.systems --data emoji/train --compose emoji/compose --out out/emoji-systems ...
 
 Every recipe (recipes.py) is trained with its paper's choices; only widths change, to what brings tokenizer and prior within
