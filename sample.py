@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from minit2i.backbones import shrink
 from minit2i.checkpoint import write_file
 from minit2i.data import EXTENSIONS, BadEntry, crop, grid_image, open_rgb, parse_size, to_pil
 from minit2i.flags import add_flags, new_parser, pick
-from minit2i.sample import PRETRAINED, Bar, Painter, SampleConfig, code_losses
+from minit2i.sample import PRETRAINED, Bar, Painter, SampleConfig, code_losses, file_hash
 from minit2i.train import pick_device, run, save_image
 
 
@@ -82,10 +83,12 @@ def check(args):
         raise ValueError(
             "--towers, a model of --objective contrast, and --best_of with --rerank contrastive go together"
         )
+    if args.rerank != "caploss" and not args.best_of:
+        raise ValueError(f"--rerank {args.rerank} needs --best_of, how many pictures to choose from")
     if args.captioner and (not args.best_of or args.rerank != "caploss"):
         raise ValueError("--captioner needs --best_of, how many pictures to choose from, and --rerank caploss")
     if args.caption is not None:
-        for name in ("image", "size", "enlarge", "best_of", "every"):
+        for name in ("image", "size", "enlarge", "best_of", "every", "compile"):
             if getattr(args, name):
                 raise ValueError(f"--caption writes words: it has no use for --{name}")
     if args.times > 1 and not args.enlarge:
@@ -149,7 +152,8 @@ def known_codes(painter, args):
 def enlarge(larger, painter, prompt, codes, cfg, args):
     """codes (n, h, w) that painter drew -> larger's codes, args.times times larger."""
     if larger.vq_hash != painter.vq_hash:
-        codes = torch.cat([larger.vq.encode(painter.images(part)) for part in codes.split(args.batch)])
+        images = (shrink(painter.images(part), painter.vq.cfg.upscale) for part in codes.split(args.batch))
+        codes = torch.cat([larger.vq.encode(some) for some in images])
     for _ in range(args.times):
         parts = [
             larger.codes([prompt], replace(cfg, n=len(part), seed=cfg.seed + i * args.batch), low=part)
@@ -166,7 +170,7 @@ class Frames:
     """The codes of prompts while they grow, every so many codes."""
 
     def __init__(self, every):
-        self.every, self.seen, self.frames = every, 0, {}
+        self.every, self.frames = every, {}
 
     def __call__(self, prompts, codes):
         for (key, _), own in zip(prompts, codes):
@@ -192,10 +196,11 @@ class Output:
     """Where pictures go: all into one PNG, or each into a PNG of its own in a folder."""
 
     def __init__(self, args, cfg, model, total):
-        self.path, self.cfg, self.model, self.rerank, self.total = Path(args.out), cfg, model, args.rerank, total
-        self.best_of = args.best_of
+        self.path, self.cfg, self.model = Path(args.out), cfg, model
+        self.rerank, self.best_of, self.every = args.rerank, args.best_of, args.every
         flags_used = ("image", "keep_rows", "mask", "size", "enlarge", "times", "best_of", "half")
         self.settings = asdict(cfg) | {k: getattr(args, k) for k in flags_used if getattr(args, k)}
+        self.settings |= {f"{k}_hash": file_hash(getattr(args, k)) for k in ("image", "mask") if getattr(args, k)}
         self.single, self.prompts, self.images, self.scores = self.path.suffix.lower() == ".png", [], [], []
         if self.path.suffix.lower() in EXTENSIONS and not self.single:
             raise ValueError(f"--out {args.out}: pictures are PNGs; use NAME.png, or a folder")
@@ -214,7 +219,7 @@ class Output:
 
     def has(self, number, prompt):
         """Whether all of a prompt's pictures are there, drawn by the same model with the same settings."""
-        if self.single:
+        if self.single or self.every and not self.file(number, prompt, "growing").exists():
             return False
         with suppress(OSError, SyntaxError, ValueError):
             for i in range(self.cfg.n):
@@ -261,7 +266,7 @@ def load(args):
         raise ValueError(f"{args.enlarge} does not enlarge pictures; train a prior with --low 2")
     if args.captioner and judge.prior.cfg.order != "image":
         raise ValueError(f"{args.captioner} is no captioner; train one with --order image")
-    if bool(args.caption) != (painter.prior.cfg.order == "image"):
+    if (args.caption is not None) != (painter.prior.cfg.order == "image"):
         raise ValueError(f"{args.model}: --caption needs a prior of --order image, and drawing one of --order text")
     return painter, larger, judge
 
@@ -271,7 +276,7 @@ def finish(prompt, codes, painter, larger, judge, cfg, args):
     scores = None
     if args.best_of:
         loss = code_losses(painter, judge, prompt, codes, args.batch)  # without a judge their likelihood
-        codes, scores = codes[loss.argsort()[: cfg.n]], loss.sort().values.tolist()
+        codes, scores = codes[loss.argsort()[: cfg.n]], loss.sort().values[: cfg.n].tolist()
     if larger:
         codes, painter = enlarge(larger, painter, prompt, codes, cfg, args), larger
     return torch.cat([painter.images(part) for part in codes.split(args.batch)]), scores
@@ -281,7 +286,7 @@ def main():
     args = flags()
     cfg = pick(SampleConfig, args)
     painter, larger, judge = load(args)
-    if args.caption:
+    if args.caption is not None:
         print("\n".join(painter.captions(read_picture("--caption", args.caption, painter.size)[None], cfg)[0]))
         return
 
@@ -308,7 +313,7 @@ def main():
         many = replace(cfg, n=args.best_of or cfg.n)
         for number, prompt, codes in painter.draw(todo(), many, known, args.batch, bar, frames, failed):
             try:
-                own = replace(cfg, seed=cfg.seed + number * cfg.n)
+                own = replace(cfg, seed=cfg.seed + number * many.n)
                 images, scores = finish(prompt, codes, painter, larger, judge, own, args)
             except RuntimeError as e:  # no memory left is one
                 failed(number, prompt, e)

@@ -43,8 +43,8 @@ class Layout(torch.nn.Module):
     def band(self, dense, at):
         """Bands of queries, each with the lines of keys that any of them sees; a line is a row or a column of codes.
 
-        order (L,) positions with rows or columns together, whichever needs fewer scores; its first block is the prefix,
-        the others are lines; blocks and queries: their sizes; bands: the blocks that each band reads; visible0, ...: what
+        order (L,) positions with rows or columns together, whichever needs fewer scores, and back (L,) its inverse; its
+        first block is the prefix, the others are lines; blocks and queries: their sizes; bands: the blocks that each band reads; visible0, ...: what
         its queries see there, bool.
         """
         t, self.scores = self.cfg.n_prefix, math.inf
@@ -60,6 +60,7 @@ class Layout(torch.nn.Module):
                 self.blocks, self.queries = [len(x) for x in blocks], [len(x) for x in queries]
                 visible = [dense[q][:, k] for q, k in zip(queries, keys)]
         self.register_buffer("order", order, persistent=False)
+        self.register_buffer("back", order.argsort(), persistent=False)
         for i, some in enumerate(visible):
             self.register_buffer(f"visible{i}", some, persistent=False)
 
@@ -85,6 +86,7 @@ class Layout(torch.nn.Module):
 def compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch._dynamo.config.recompile_limit = 64  # layouts times batch sizes; past it the whole score matrix is made
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -156,10 +158,10 @@ def products(q, k, v, mask, alpha=None):
 def beside(q, ks, vs, alpha=None):
     """Attention to keys in two places, which are not copied together: q (B, H, S, K), both of ks and vs (B, H, M_i, K)."""
     q = q * (q.shape[-1] ** -0.5 / (alpha or 1))
-    score = torch.cat([q @ k.mT for k in ks], -1)
+    score = torch.cat([q @ k.mT for k in ks], -1).float()
     if alpha is not None:
         score = (score - score.amax(-1, keepdim=True)) * alpha
-    first, second = score.softmax(-1).split([k.shape[2] for k in ks], -1)
+    first, second = score.softmax(-1).to(q.dtype).split([k.shape[2] for k in ks], -1)
     return first @ vs[0] + second @ vs[1]
 
 
@@ -173,7 +175,7 @@ def banded(q, k, v, layout, alpha=None):
         keys, values = (torch.cat([x[j] for j in some], 2) for x in (k, v))
         out.append(dense(part, keys, values, getattr(layout, f"visible{i}"), alpha=alpha))
     y = torch.cat(out, 2)
-    return y.index_select(2, layout.order.argsort()) if layout.by_columns else y
+    return y.index_select(2, layout.back) if layout.by_columns else y
 
 
 def flex(q, k, v, layout, alpha=None):
@@ -182,4 +184,4 @@ def flex(q, k, v, layout, alpha=None):
     if layout.by_columns:
         q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
     y = compiled_flex()(q, k, v, block_mask=layout.block_mask(q.device), scale=scale)
-    return y.index_select(2, layout.order.argsort()) if layout.by_columns else y
+    return y.index_select(2, layout.back) if layout.by_columns else y

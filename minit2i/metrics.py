@@ -126,12 +126,13 @@ def scene_accuracy(painter, cfg, n=500, batch=64, say=print):
     "tokenizer": ...}; the tokenizer's row is the oracle on true renders of the seen prompts that went through the
     tokenizer and back, which no prior can beat by more than luck.
     """
-    table = {}
+    table, done = {}, 0
     for split, held_out in (("seen", False), ("held_out", True)):
         results, roundtrip = [], []
         for category in CATEGORIES:
             prompts = scene_prompts(category, held_out, n)
-            drawn = painter.paint([p[0] for p in prompts], replace(cfg, n=1), batch)
+            drawn = painter.paint([p[0] for p in prompts], replace(cfg, n=1, seed=cfg.seed + done), batch)
+            done += n
             for (_, images), (_, claim, _) in zip(drawn, prompts):
                 results.append((category, check_scene(to_pil(images[0]), claim, category)))
             for first in () if held_out else range(0, n, batch):
@@ -166,7 +167,7 @@ def reranking(painter, cfg, judges, n=50):
     right, loss = [], {name: [] for name in judges}
     for category in CATEGORIES:
         prompts = scene_prompts(category, False, n)
-        drawn = painter.draw(enumerate(p[0] for p in prompts), cfg)
+        drawn = painter.draw(enumerate((p[0] for p in prompts), len(right)), cfg)
         for (_, text, codes), (_, claim, _) in zip(drawn, prompts):
             right.append([check_scene(to_pil(image), claim, category) for image in painter.images(codes)])
             for name, judge in judges.items():

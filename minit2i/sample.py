@@ -319,10 +319,11 @@ class Painter:
             except (RuntimeError, ValueError) as e:  # no memory left is a RuntimeError: try fewer at once
                 if failed is None:
                     raise
-                if len(some) > 1:
-                    return attempt(some[: len(some) // 2]) + attempt(some[len(some) // 2 :])
-                failed(*some[0], e)
-                return []
+                if len(some) == 1:
+                    failed(*some[0], e)
+                    return []
+            # here, as the error holds what the failed attempt had on the device
+            return attempt(some[: len(some) // 2]) + attempt(some[len(some) // 2 :])
 
         prompts = iter(prompts)
         while some := list(islice(prompts, max(1, batch // cfg.n))):

@@ -145,6 +145,17 @@ def test_every_k_codes_a_frame_and_the_last_is_the_picture(prior, masked, tmp_pa
             assert (np.asarray(growing.convert("RGB")) == 128).mean() > 0.5, "gray where nothing is drawn"
 
 
+def test_another_picture_to_finish_and_frames_that_are_not_there_are_drawn(prior, pictures, tmp_path):  # noqa: F811
+    given, out = tmp_path / "given.png", tmp_path / "out"
+    flags = "--model", prior, "--prompt", "a red circle", "--n", 1, "--keep_rows", 2, "--image", given, "--out", out
+    drawn = []
+    for name, every in (("0.png", ()), ("1.png", ()), ("1.png", ("--every", 8))):
+        given.write_bytes((pictures / name).read_bytes())
+        draw(*flags, *every)
+        drawn.append((out / "00000-a-red-circle-0.png").read_bytes())
+    assert drawn[0] != drawn[1] == drawn[2] and (out / "00000-a-red-circle-growing.png").exists()
+
+
 # --- masked ---
 
 
@@ -255,6 +266,8 @@ def test_captions_and_the_best_of_many(captioner, prior, pictures, tmp_path, cap
         (("--prompt", "x", "--best_of", 8), "--best_of needs --captioner"),
         (("--prompt", "x", "--best_of", 2, "--rerank", "likelihood"), "--best_of 2 is less than --n 4"),
         (("--prompt", "x", "--every", 2, "--n", 9, "--batch", 4), "--every shows all --n pictures"),
+        (("--prompt", "x", "--rerank", "likelihood"), "--rerank likelihood needs --best_of"),
+        (("--caption", "y", "--compile"), "has no use for --compile"),
         (("--caption", "PRIOR"), "--caption needs a prior of --order image"),
         (("--prompt", "x", "--enlarge", "PRIOR"), "does not enlarge pictures"),
         (("--prompt", "x", "--best_of", 4, "--captioner", "PRIOR"), "is no captioner"),
