@@ -104,7 +104,7 @@ def test_overfits_one_batch_on_image_loss_alone():
     model = GPT(replace(PARTI, n_embd=32, n_encoder=1))
     text, codes = batch(PARTI, 4)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(120):
+    for _ in range(180):
         text_loss, image_loss = model(text, codes)
         image_loss.backward()
         optimizer.step(), optimizer.zero_grad()
