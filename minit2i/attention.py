@@ -43,9 +43,9 @@ class Layout(torch.nn.Module):
     def band(self, dense, at):
         """Bands of queries, each with the lines of keys that any of them sees; a line is a row or a column of codes.
 
-        order (L,) positions with rows or columns together, whichever needs fewer scores, and back (L,) its inverse; its
-        first block is the prefix, the others are lines; blocks and queries: their sizes; bands: the blocks that each band reads; visible0, ...: what
-        its queries see there, bool.
+        order (L,) positions with rows or columns together, whichever needs fewer scores, and back (L,) its inverse.
+        blocks: sizes of the prefix and of each line; queries: sizes of the bands; bands: the blocks that each band
+        reads; visible0, ... bool: what its queries see there; scores: how many there are in all.
         """
         t, self.scores = self.cfg.n_prefix, math.inf
         grid = at[t:].view(self.cfg.grid_h, self.cfg.grid_w)

@@ -69,7 +69,7 @@ def prior_step(model, batch, device, precision, compiled):
 
 
 def mask_table(cfg, batch, device, precision, rounds, compiled):
-    """Each mask beside full: one layer's attention forward and backward, a training step, 32 codes of a guided batch drawn."""
+    """Each mask beside full: one layer's attention forward and backward, a training step, 32 codes drawn of a guided batch."""
     work, text = {}, torch.randint(0, cfg.n_vocab, (2 * batch, cfg.text_len), device=device)
     dtype = DTYPES[precision]
     shape = (batch, cfg.n_head, cfg.length, cfg.n_embd // cfg.n_head)

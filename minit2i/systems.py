@@ -194,7 +194,8 @@ def main():
     if args.compose and not (Path(args.compose).is_dir() and Path(args.data).is_dir()):
         raise ValueError(f"--compose {args.compose} with --data {args.data}: the recall needs two folders of pictures")
     _, (source, indices) = split(DataConfig(data=args.data, size=args.size))
-    if not (prompts := list(islice((line for i in indices for line in islice(captions(source, [i]), 1)), 8))):
+    firsts = (next(captions(source, [i]), None) for i in indices)  # of each picture that has one
+    if not (prompts := list(islice(filter(None, firsts), 8))):
         raise ValueError(f"none of the {len(indices)} validation pictures of {args.data} has a caption")
     own = {name: widths(name, args) for name in names}  # all before the first is trained: one may not be possible
     rows = {name: make_row(name, Path(args.out, name), own[name], prompts, args) for name in names}
