@@ -26,13 +26,13 @@ from PIL import Image
 
 from minit2i.backbones import shrink
 from minit2i.checkpoint import read_config, write_file
-from minit2i.data import BadEntry, DataConfig, crop, open_source, parse_size, to_pil
+from minit2i.data import BadEntry, DataConfig, crop, grid_image, open_source, parse_size, to_pil
 from minit2i.fid import batches, features, fid, frechet, moments, pick_features, picture_set
 from minit2i.flags import add_flags, count, new_parser, pick
 from minit2i.oracle import check_scene, score_scenes
 from minit2i.sample import PRETRAINED, Painter, SampleConfig, code_losses, load_vq
 from minit2i.scenes import CATEGORIES, caption, read_caption, render, scene_at
-from minit2i.train import pick_device, run
+from minit2i.train import pick_device, run, save_image
 
 # --- pictures against pictures -----------------------------------------------------------------------
 
@@ -211,26 +211,37 @@ def captioned(source, indices, painter):
 
 
 @torch.inference_mode()
-def enlarging(painter, cfg, source, n, batch=16):
-    """PSNR beside the first n captioned pictures of a source, each shrunk, encoded and enlarged again -> {way: dB}.
+def enlarging(painter, cfg, source, n, batch=16, shown=8):
+    """The first n captioned pictures of a source, each shrunk, encoded and enlarged again -> {way: figures}, PIL image.
 
-    "drawn": by the prior, from the small picture's codes and its caption; "bicubic": the small picture, decoded and
-    interpolated; "tokenizer": the large picture through the tokenizer and back, which no prior can beat by more than luck.
+    "bicubic": the small picture, decoded and interpolated; "drawn": by the prior, from the small picture's codes and its
+    caption; "tokenizer": the large picture through the tokenizer and back, which no prior can beat by more than luck.
+    Figures: psnr in dB, and sharpness, roughness beside the pictures' own.  The image has a row for each way, and the
+    pictures themselves last.
     """
-    sums, f = dict.fromkeys(("drawn", "bicubic", "tokenizer"), 0.0), painter.prior.cfg.low
+    f, ways = painter.prior.cfg.low, ("bicubic", "drawn", "tokenizer")
     if not f:
         raise ValueError("this prior does not enlarge pictures; train one with --low 2")
     images, captions = captioned(source, range(min(n, len(source))), painter)
+    rows, sums = [], torch.zeros(len(ways) + 1, 2, dtype=torch.float64)
+
+    def decoded(codes):
+        return shrink(painter.images(codes), painter.vq.cfg.upscale)
+
     for first in range(0, len(images), batch):
         some = torch.stack(images[first : first + batch]).to(painter.device)
         low = painter.vq.encode(shrink(some, f))
         drawn = painter.codes(captions[first : first + batch], replace(cfg, n=1, seed=cfg.seed + first), low=low)
-        ways = {"drawn": drawn, "tokenizer": painter.vq.encode(some)}
-        ways = {way: shrink(painter.images(codes), painter.vq.cfg.upscale) for way, codes in ways.items()}
-        small = shrink(painter.images(low), painter.vq.cfg.upscale)
-        ways["bicubic"] = F.interpolate(small, some.shape[2:], mode="bicubic").clamp(-1, 1)
-        sums = {way: total + float(psnr(ways[way], some).sum()) for way, total in sums.items()}
-    return {way: total / len(images) for way, total in sums.items()} | {"n": len(images)}
+        small = F.interpolate(decoded(low), some.shape[2:], mode="bicubic").clamp(-1, 1)
+        row = small, decoded(drawn), decoded(painter.vq.encode(some)), some
+        sums += torch.tensor([[psnr(x, some).sum(), roughness(x).sum()] for x in row])
+        rows.append(torch.stack(row)[:, : max(0, shown - first)])
+    figures = {
+        way: {"psnr": float(db) / len(images), "sharpness": float(rough / sums[-1, 1])}
+        for way, (db, rough) in zip(ways, sums)
+    }
+    sheet = torch.cat(rows, 1)  # (4, shown, 3, H, W)
+    return figures | {"n": len(images)}, grid_image(sheet.flatten(0, 1), sheet.shape[1])
 
 
 # --- a prior on captions that compose ----------------------------------------------------------------
@@ -316,6 +327,9 @@ def make_parser():
     )
     larger.add_argument("--images", required=True, help="captioned pictures: a folder, tar shards, or 'scenes'")
     larger.add_argument("--pictures", type=count, default=32, help="how many of them, the first [32]")
+    larger.add_argument(
+        "--show", help="write the first 8 to this PNG: interpolated, drawn, through the tokenizer, as they are"
+    )
     for command in (scenes, compose, rerank, reading, larger):
         command.add_argument("--model", default=str(PRETRAINED), help="folder of a prior [the one that ships]")
         add_flags(command, SampleConfig)
@@ -376,8 +390,11 @@ def measure_prior(args):
         print("true: " + ", ".join(f"{name} {value:.1%}" for name, value in figures.items()))
     elif args.command == "enlarge":
         source = open_source(args.images, pick(DataConfig, painter.config["data"]))
-        figures = enlarging(painter, cfg, source, args.pictures)
-        print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        figures, sheet = enlarging(painter, cfg, source, args.pictures)
+        for way in ("bicubic", "drawn", "tokenizer"):
+            print(f"{way:10} {figures[way]['psnr']:.2f} dB, sharpness {figures[way]['sharpness']:.2f}")
+        if args.show:
+            save_image(args.show, sheet)
     else:
         figures, pairs = recall(painter, cfg, args.prompts, args.among, args.ignore)
         for prompt, found in pairs:

@@ -12,6 +12,7 @@ of a process of its own, beyond what it held before.  dalle-pytorch's text token
 """
 
 import argparse
+import copy
 import re
 import statistics
 import subprocess
@@ -209,15 +210,21 @@ def decoding(batch, grid, rounds, only, steps=12):
     how = SampleConfig(batch, cfg_scale=2.0, top_p=1.0, steps=steps)
     tenth = replace(how, top_k=cfg.n_codes // 10)  # as theirs
     at_once = {"ours": lambda: unmask(masked, text, text[0], tenth), "muse-maskgit-pytorch": muse(batch, grid, steps)}
+    fast = copy.deepcopy(ours)
+    fast.compile_step()
     stamps = []  # of every code
     watch = lambda codes: stamps.append(time.process_time())
-    in_turn = {"ours": lambda: generate(ours, text, text[0], how, watch=watch)} | gpt2(batch, n)
+    in_turn = {"ours": lambda: generate(ours, text, text[0], how, watch=watch)}
+    in_turn |= {"ours, compiled": lambda: generate(fast, text, text[0], how)} | gpt2(batch, n)
     in_turn |= {"dalle-pytorch": dalle(batch, grid), "weights alone": lambda: weights_alone(ours, 2 * batch)}
     for kind, works in (("code by code", in_turn), (f"{steps} steps", at_once)):
         works = {k: f for k, f in works.items() if k in ("ours", "weights alone") or only in k}
         if len(works) > 1:
-            works.get("GPT-2, static and compiled", lambda: None)()  # compiles
-            report(kind, f"{n} codes, batch {batch}", batch * n, works, rounds, unit="codes", warm=0)
+            for name in works:
+                if "compiled" in name:
+                    works[name]()  # compiles
+            own = sum(name.startswith("ours") for name in works)
+            report(kind, f"{n} codes, batch {batch}", batch * n, works, rounds, own, unit="codes", warm=0)
     spans = [[run[i + n // 4 - 1] - run[i] for i in range(0, n, n // 4)] for run in zip(*[iter(stamps)] * n)]
     print("ours, seconds of each quarter of the codes:", *(f"{statistics.median(s):.3g}" for s in zip(*spans)))
 

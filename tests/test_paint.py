@@ -282,17 +282,23 @@ def test_what_sample_refuses(flags, message, prior, pictures, tmp_path):  # noqa
 
 
 def test_enlarging_is_measured_beside_bicubic(larger, pictures, tmp_path):  # noqa: F811
-    flags = "--images", pictures, "--pictures", 3, "--device", "cpu", "--out", tmp_path / "e.json"
-    call(metrics, "enlarge", "--model", larger, *flags)
+    flags = "--images", pictures, "--pictures", 3, "--device", "cpu", "--show", tmp_path / "e.png"
+    call(metrics, "enlarge", "--model", larger, *flags, "--out", tmp_path / "e.json")
     found = json.loads((tmp_path / "e.json").read_text())["figures"]
     painter = Painter(larger)
     images = torch.stack(metrics.captioned(Folder(pictures), range(3), painter)[0])
     again = painter.images(painter.vq.encode(images))
     small = painter.images(painter.vq.encode(metrics.shrink(images, 2)))
     up = torch.nn.functional.interpolate(small, scale_factor=2, mode="bicubic").clamp(-1, 1)
-    assert found["tokenizer"] == pytest.approx(float(metrics.psnr(again, images).mean()), abs=0.01)
-    assert found["bicubic"] == pytest.approx(float(metrics.psnr(up, images).mean()), abs=0.01)
-    assert 0 < found["drawn"] < 60 and found["n"] == 3
+    for way, its in (("tokenizer", again), ("bicubic", up)):
+        steps = [sum(float(x.diff(dim=d).abs().mean((1, 2, 3)).sum()) for d in (2, 3)) for x in (its, images)]
+        assert found[way]["psnr"] == pytest.approx(float(metrics.psnr(its, images).mean()), abs=0.01)
+        assert found[way]["sharpness"] == pytest.approx(steps[0] / steps[1], rel=1e-3)
+    assert 0 < found["drawn"]["psnr"] < 60 and found["n"] == 3
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "e.png"))).permute(2, 0, 1) / 127.5 - 1
+    assert sheet.shape == (3, 4 * 64 + 6, 3 * 64 + 4)  # 4 rows, 3 columns, gaps of 2
+    assert torch.allclose(sheet[:, :64, :64], up[0], atol=0.02)  # the first row's first
+    assert torch.allclose(sheet[:, 198:, 132:], images[2], atol=0.02)  # the last row's last
 
 
 def test_a_masked_priors_scenes_are_reranked_by_their_captions_alone(masked, captioner, tmp_path):
