@@ -3,7 +3,7 @@
     whole sequence    full or none: products, or scaled_dot_product_attention
                       other masks on a GPU: FlexAttention with block masks, compiled
                       other masks on a CPU: bands of queries that read the rows or columns that any of them sees
-    one new position  the keys that it sees; compiled, where shapes must stay, all of the cache under a row of the mask
+    one new position  the keys that it sees; compiled, where few shapes may occur, the cache it is given under a row of the mask
     else              the dense mask
 
 All of it is derived from the mask's function in masks.py.
@@ -93,7 +93,7 @@ def compiled_flex():
 def attend(q, k, v, layout, start=0, alpha=None):
     """Attention of positions start ... start+S-1: q (B, H, S, K), k and v (B, H, start+S, K) -> (B, H, S, K).
 
-    start may be a tensor (1,), for one position: k and v then have the whole cache, later positions included.
+    start may be a tensor (1,), for one position: k and v may then hold later positions, too.
     alpha: PB-Relax, CogView 2105.13290 sec. 2.4: softmax((q k^T / alpha - max) * alpha), the division before the product,
     as after it nothing is left to protect.  A fused kernel never shows its scores and subtracts their maximum itself, so
     there the division belongs on q and the factor is the kernel's own scale, which it applies to float32 sums.

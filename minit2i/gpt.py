@@ -14,6 +14,7 @@ Shapes: B batch, T text length, h w code grid, N = h*w, M codes of the shrunk pi
 hand, D width, H heads, K head size, V vocabulary.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -289,8 +290,11 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def compile_step(self):
-        """Draw with torch.compile: one graph for every position, as the cache keeps its shape.  Not tried on a GPU yet."""
-        self.step = torch.compile(self.trunk, dynamic=False, mode="reduce-overhead")
+        """Draw with torch.compile: on a CPU one graph for any part of the cache (`Cache.upto`), after one for the first; on
+        a GPU, where it has not been tried yet, one for the whole cache.
+        """
+        dynamic = None if self.embedding.weight.is_cpu else False
+        self.step = torch.compile(self.trunk, dynamic=dynamic, mode="reduce-overhead")
 
     def logits(self, text, codes, low=None):
         """text, as `embed` takes it, codes (B, N), low (B, M) -> text logits (B, T-1, V) for text 1...T-1, or None; image
@@ -381,3 +385,11 @@ class Cache:
             for old, fresh in zip(old_pair, new_pair):
                 fresh[:, :, : old.shape[2]] = old[rows]
         return new
+
+    def upto(self, length):
+        """This cache, on a CPU without what comes after the first length positions, in steps of 32: a few shapes only."""
+        if not self.kv[0][0].is_cpu:
+            return self
+        part, n = copy(self), -(-length // 32) * 32  # measured: 1.2 times as fast as steps of 128 for 16 pictures
+        part.kv = [(k[:, :, :n], v[:, :, :n], *memory) for k, v, *memory in self.kv]
+        return part

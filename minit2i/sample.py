@@ -111,7 +111,10 @@ def generate(model, text, empty, cfg, known=None, low=None, watch=None, seeds=No
             watch(codes)
         if i + 1 < stop:
             ids = both(model.code_ids(codes[:, i : i + 1]))
-            hidden = model.step(ids, places[i : i + 1], cache) if model.step else model.trunk(ids, p + i, cache)
+            if model.step:
+                hidden = model.step(ids, places[i : i + 1], cache.upto(p + i + 1))
+            else:
+                hidden = model.trunk(ids, p + i, cache)
     return codes
 
 

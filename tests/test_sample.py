@@ -147,15 +147,25 @@ def test_the_cached_loop_equals_the_naive_one(model, text, settings):
 
 
 @pytest.mark.parametrize("mask", ["full", "row"])
-def test_the_compiled_loop_draws_the_same_from_one_graph(text, mask, monkeypatch):
-    model = GPT(replace(CFG, mask=mask)).requires_grad_(False)
+def test_the_compiled_loop_draws_the_same_from_two_graphs(mask, monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(replace(CFG, mask=mask, grid_h=12, grid_w=12)).requires_grad_(False)  # several lengths of the cache
+    text = torch.randint(0, CFG.n_vocab, (2, CFG.text_len))
     expected, compiled = generate(model, text, EMPTY, SampleConfig(n=2)), torch.compile
-    monkeypatch.setattr("torch.compile", lambda f, mode, **how: compiled(f, backend="eager", fullgraph=True, **how))
+    graphs, lengths = [], set()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch.compile", lambda f, mode, **how: compiled(f, backend=backend, fullgraph=True, **how))
     torch._dynamo.reset()
     model.compile_step()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(2):  # the second time with another cache
-            assert generate(model, text, EMPTY, SampleConfig(n=2)).equal(expected)
+    step = model.step
+    model.step = lambda ids, at, cache: lengths.add(cache.kv[0][0].shape[2]) or step(ids, at, cache)
+    for _ in range(2):  # the second time with another cache
+        assert generate(model, text, EMPTY, SampleConfig(n=2)).equal(expected)
+    assert len(graphs) == 2 and lengths == {32, 64, 96, 128, CFG.text_len + 143}
 
 
 def test_known_codes_anywhere_are_kept_and_seen_by_what_follows(model, text):
