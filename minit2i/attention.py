@@ -3,7 +3,7 @@
     whole sequence    full or none: products, or scaled_dot_product_attention
                       other masks on a GPU: FlexAttention with block masks, compiled
                       other masks on a CPU: bands of queries that read the rows or columns that any of them sees
-    one new position  the keys that it sees; compiled, where few shapes may occur, the cache it is given under a row of the mask
+    one new position  the keys that it sees; compiled, all that it is given, under a row of the mask
     else              the dense mask
 
 All of it is derived from the mask's function in masks.py.

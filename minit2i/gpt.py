@@ -290,8 +290,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def compile_step(self):
-        """Draw with torch.compile: on a CPU one graph for any part of the cache (`Cache.upto`), after one for the first; on
-        a GPU, where it has not been tried yet, one for the whole cache.
+        """Draw with torch.compile: on a CPU one graph for any part of the cache (`Cache.upto`), after one for the first, and
+        one more for other batches; on a GPU, where it has not been tried yet, one for the whole cache.
         """
         dynamic = None if self.embedding.weight.is_cpu else False
         self.step = torch.compile(self.trunk, dynamic=dynamic, mode="reduce-overhead")

@@ -391,8 +391,10 @@ def measure_prior(args):
     elif args.command == "enlarge":
         source = open_source(args.images, pick(DataConfig, painter.config["data"]))
         figures, sheet = enlarging(painter, cfg, source, args.pictures)
-        for way in ("bicubic", "drawn", "tokenizer"):
-            print(f"{way:10} {figures[way]['psnr']:.2f} dB, sharpness {figures[way]['sharpness']:.2f}")
+        for way, its in figures.items():
+            print(
+                f"{way:10} {its['psnr']:.2f} dB, sharpness {its['sharpness']:.2f}" if way != "n" else f"{its} pictures"
+            )
         if args.show:
             save_image(args.show, sheet)
     else:
