@@ -1,246 +1,274 @@
-"""Stage 1: train a tokenizer on pictures.
+"""Stage 1: train a tokenizer on images.
 
-python train_vq.py --data path/to/pictures --out out/vq
-python train_vq.py --data 'shards/{00000..00041}.tar' --out out/vq --size 256 --stride 8
-python train_vq.py --data path/to/pictures --out out/vqgan --backbone vqgan --perceptual 1 --gan 0.8
-torchrun --nproc_per_node 8 train_vq.py --data path/to/pictures --out out/vq --batch_size 256
+python train_vq.py --data path/to/images --out out/vq
+python train_vq.py --ch 32 --n_res 1 --batch_size 16 --steps 600 --lr 2e-3 --out out/vq          without a GPU
+python train_vq.py --data path/to/images --recipe taming --out out/vqgan                          a paper's tokenizer
+python train_vq.py --data path/to/images --perceptual vgg --discriminator patch --out out/sharp   VQGAN's losses
+python train_vq.py --data path/to/images --init out/vq --train decoder --decoder_ch 128 --out out/vq2
+python train_vq.py --data path/to/images --init out/vq --train upsampler --upsampler wdsr --out out/vq-x2
+torchrun --nproc_per_node 8 train_vq.py --data 'shards/{00000..00041}.tar' --out out/vq --batch_size 256
 """
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from minit2i.backbones import shrink
-from minit2i.checkpoint import load_model, load_state, load_tensors, read_config, save_run
-from minit2i.data import DataConfig, Pictures, Skipped, collate, grid_image, parse_size, split, step_batches
-from minit2i.flags import parse_flags, pick
-from minit2i.losses import LossConfig, Objective, parse_recon
+from minit2i import tokenizer_losses, vq
+from minit2i.checkpoint import load_model, read_config
+from minit2i.collectives import gather_objects
+from minit2i.config import Group, above
+from minit2i.data import DataConfig, Images, Skipped, collate, parse_size, split, step_batches
+from minit2i.flags import describe, parse_flags
 from minit2i.metrics import code_stats, psnr, ssim
-from minit2i.train import EMA, Log, Processes, TrainConfig
-from minit2i.train import check_finite, make_optimizer, n_params, optimizer_step, run, seed_step, steps
-from minit2i.vq import VQ, VQConfig
+from minit2i.papers import RECIPES
+from minit2i.papers.parti import FROZEN, load_frozen
+from minit2i.plot import captioned_grid
+from minit2i.resume import Learner, load_state, save_run
+from minit2i.tokenizer_losses import LossConfig, Objective, output_of
+from minit2i.train import EMA, EVAL_SIZE, Log, Processes, TrainConfig, check_finite, make_optimizer, n_params
+from minit2i.train import optimizer_step, run, seed_step, steps
+from minit2i.vq import VQ, VQConfig, shrink
+
+
+@dataclass(frozen=True)
+class VQDataConfig(DataConfig):
+    """The tokenizer's images."""
+
+    flip: Annotated[bool, "mirror half of the training images"] = False
+    captions: Annotated[bool, "use only images that have a caption, as the prior will"] = True
 
 
 @dataclass(frozen=True)
 class VQTrainConfig(LossConfig, TrainConfig):
     """How to train the tokenizer."""
 
-    lr: Annotated[float, "peak learning rate"] = 1e-3
-    finetune_decoder: Annotated[str, "train a new decoder on this folder's encoder and codebook, which stay"] = ""
-    super_resolution: Annotated[str, "train an enlargement by --upscale of what this folder's tokenizer decodes"] = ""
-
-    @property
-    def base(self):
-        return self.init or self.finetune_decoder or self.super_resolution
-
-    @property
-    def frozen(self):
-        """Whether encoder and codebook stay as they are."""
-        return bool(self.finetune_decoder or self.super_resolution)
+    train: Annotated[
+        str, "what of --init to train; the rest stays as it is", Group("Run"), ("all", "decoder", "upsampler")
+    ] = "all"
+    lr: Annotated[float, "peak learning rate", Group("Optimizer"), above(0)] = 1e-3
 
 
-DECODER = ("decoder", "decoder_ch", "decoder_n_res", "maps")  # the fields that a new decoder may change
-UPSAMPLER = ("upscale", "sr_ch", "sr_blocks")
+def settle(model_cfg, data_cfg, cfg):
+    """Fill in dependent settings, reject conflicting ones (ValueError) -> the three configs."""
+    if cfg.train != "all" and not cfg.init:
+        raise ValueError(f"--train {cfg.train} needs --init, the folder of a trained tokenizer")
+    if (model_cfg.upsampler != "none") != (cfg.train == "upsampler"):
+        raise ValueError(
+            "an upsampler is trained on a trained tokenizer: use --init X --train upsampler --upsampler wdsr"
+        )
+    if cfg.train == "upsampler" and output_of(cfg.recon) != "rgb":
+        raise ValueError(f"an upsampler gives images, not distributions: --recon {cfg.recon} needs l1 or l2 instead")
+    if cfg.train != "upsampler":
+        model_cfg = replace(model_cfg, output=output_of(cfg.recon))
+    size = data_cfg.image_size or (read_config(cfg.init)["data"].get("image_size") if cfg.init else "") or "64"
+    return model_cfg, replace(data_cfg, image_size=size), cfg
 
 
-def settled(model_cfg, data_cfg, cfg):
-    """The flags with what follows from them.  ValueError for those that do not go together."""
-    laplace = "logit_laplace" in parse_recon(cfg.recon)
-    if sum(map(bool, (cfg.init, cfg.finetune_decoder, cfg.super_resolution))) > 1:
-        raise ValueError("use one of --init, --finetune_decoder and --super_resolution at a time")
-    if model_cfg.upscale > 1 and not cfg.super_resolution:
-        raise ValueError("--upscale needs --super_resolution, the folder of a tokenizer that is trained already")
-    if laplace and cfg.super_resolution:
-        raise ValueError("--super_resolution draws pictures, not distributions; use --recon l1 or l2")
-    if not cfg.super_resolution:
-        model_cfg = replace(model_cfg, maps=6 if laplace else 3)
-    if cfg.init:
-        model_cfg = replace(model_cfg, free_steps=0)  # a fixed codebook is set already
-    size = data_cfg.size or (read_config(cfg.base)["data"]["size"] if cfg.base else "64")
-    return model_cfg, replace(data_cfg, size=size), cfg
+def say_size(model_cfg, data_cfg, cfg):
+    """--dry_run: print the resolved settings and the model's size."""
+    with torch.device("meta"):
+        model = VQ(model_cfg)
+    height, width = model.grid(*parse_size(data_cfg.image_size))
+    print(describe((model_cfg, data_cfg, cfg)))
+    print(f"{n_params(model) / 1e6:.2f} M parameters, {height}x{width} codes per image")
 
 
-def load_data(data_cfg, cfg, upscale, p):
-    """-> training set, validation set, Skipped.  Pictures are read `upscale` times as large as the tokenizer sees them."""
-    height, width = (upscale * n for n in parse_size(data_cfg.size))
-    data_cfg = replace(data_cfg, size=f"{height}x{width}", resize=data_cfg.resize * upscale)
+def load_data(data_cfg, cfg, upscale, procs):
+    """-> training images, validation images, Skipped.  Images are `upscale` times as large as the tokenizer's input."""
+    height, width = (upscale * n for n in parse_size(data_cfg.image_size))
+    data_cfg = replace(data_cfg, image_size=f"{height}x{width}", resize=data_cfg.resize * upscale)
     (source, train), (val_source, val) = split(data_cfg)
-    train_set, val_set = Pictures(source, train, data_cfg, cfg.seed), Pictures(val_source, val, data_cfg)
+    train_set = Images(source, train, data_cfg, cfg.seed, data_cfg.captions, data_cfg.flip)
+    val_set = Images(val_source, val, data_cfg, captions=data_cfg.captions)
     try:
         val_set[0]
-    except ValueError:  # a few pictures, and the one kept for validation is bad
-        val_set = Pictures(source, train, data_cfg)
-    skipped = Skipped(p.say)
+    except ValueError:  # a handful of images, and the one kept for validation is bad
+        val_set = Images(source, train, data_cfg, captions=data_cfg.captions)
+    skipped = Skipped(procs.say)
     skipped.add([*source.damaged, *(val_source.damaged if val_source is not source else ())])
     return train_set, val_set, skipped
 
 
-def freeze(model, cfg):
-    """Only the decoder, or the super-resolution, learns if cfg says so -> the names of the parts that stay."""
-    names = ["encoder", "quantizer"] if cfg.finetune_decoder else []
-    names = ["encoder", "quantizer", "decoder"] if cfg.super_resolution else names
-    for name in names:
-        getattr(model, name).requires_grad_(False)
-    return names
-
-
-def load_base(model, cfg):
-    """The model that a run starts from: all of it for --init, what stays for a new decoder or super-resolution.
-
-    A new decoder of the same shape starts as the old one.  ValueError where what stays would not be the same.
-    """
-    if cfg.init:
-        return load_model(cfg.init, model).train()
-    saved, now, free = pick(VQConfig, read_config(cfg.base)["model"]), model.cfg, DECODER
-    if cfg.super_resolution:
-        free = UPSAMPLER
-        if now.upscale == 1:
-            raise ValueError("--super_resolution needs --upscale 2 or 4")
-    for name, value in asdict(now).items():
-        if name not in free and value != getattr(saved, name):
-            raise ValueError(
-                f"--{name} {value} would change what stays of {cfg.base} ({getattr(saved, name)}); leave it out"
-            )
-    tensors, _ = load_tensors(Path(cfg.base, "model.safetensors"))
-    own, stays = model.state_dict(), freeze(model, cfg)
-    same = now == saved
-    chosen = {k: v.to(own[k].dtype) for k, v in tensors.items() if k in own and (same or k.split(".")[0] in stays)}
-    model.load_state_dict(own | chosen)
-
-
-def make_model(model_cfg, data_cfg, cfg, p):
-    """The tokenizer as the run starts: from chance, or from another run."""
+def make_model(model_cfg, data_cfg, cfg, device):
+    """The tokenizer as the run starts: randomly initialised, or from --init."""
     torch.manual_seed(cfg.seed)
-    model = VQ(model_cfg).to(p.device)
-    model.grid(*parse_size(data_cfg.size))
-    if not cfg.base and 0 < cfg.steps <= model.quantizer.first_step:
+    model = VQ(model_cfg).to(device)
+    model.grid(*parse_size(data_cfg.image_size))
+    if cfg.init:
+        model.quantizer.first_step = 0  # its codebook is trained already
+    elif 0 < cfg.steps <= model.quantizer.first_step:
         raise ValueError(
-            f"free_steps {model_cfg.free_steps} leaves none of {cfg.steps} steps with a codebook; use {cfg.steps // 3}"
+            f"free_steps {model.quantizer.first_step} leaves none of {cfg.steps} steps with a codebook; "
+            f"use {cfg.steps // 3}"
         )
-    if cfg.base and not cfg.resume:
-        load_base(model, cfg)
-    freeze(model, cfg)
+    if cfg.init and not cfg.resume and cfg.train == "all":
+        load_model(cfg.init, model).train()
+    elif cfg.init and not cfg.resume:
+        load_frozen(model, cfg.init, cfg.train)
+    for name in FROZEN[cfg.train]:
+        getattr(model, name).requires_grad_(False)
     return model
 
 
 @torch.no_grad()
-def evaluate(model, pictures, cfg, p):
-    """The first validation pictures -> {name: measure} for the log, skipped, and a sheet of inputs and reconstructions."""
-    measures = {"val_psnr": psnr} | ({"val_ssim": ssim} if min(pictures.size) >= 11 else {})  # windows of 11x11
-    totals, counts, skipped, sheet = dict.fromkeys(measures, 0.0), torch.zeros(model.cfg.n_codes), [], None
-    mine = list(range(min(cfg.eval_size, len(pictures))))[p.rank :: p.world]
-    batch = cfg.batch_size // (cfg.accum * p.world)
-    for first in range(0, len(mine), batch):
-        images, _, skips = collate([pictures[i] for i in mine[first : first + batch]])
-        skipped += skips
-        images = images.to(p.device)
-        with p.autocast():
-            codes = model.encode(shrink(images, model.cfg.upscale))
+def evaluate(model, images, cfg, procs):
+    """The first EVAL_SIZE validation images -> {name: value}, the entries that could not be used."""
+    measures = {"val_psnr": psnr} | ({"val_ssim": ssim} if min(images.size) >= 11 else {})  # windows of 11x11
+    totals, counts, skipped = dict.fromkeys(measures, 0.0), torch.zeros(model.cfg.n_codes), []
+    mine = list(range(min(EVAL_SIZE, len(images))))[procs.rank :: procs.world]
+    size = cfg.batch_size // (cfg.accum * procs.world)
+    for first in range(0, len(mine), size):
+        batch, _, skips = collate([images[i] for i in mine[first : first + size]])
+        skipped, batch = skipped + skips, batch.to(procs.device)
+        with procs.autocast():
+            codes = model.encode(shrink(batch, model.cfg.upscale))
             recon = model.decode(codes)
         for name, f in measures.items():
-            totals[name] += float(f(recon, images).sum())
+            totals[name] += float(f(recon, batch).sum())
         counts += torch.bincount(codes.flatten(), minlength=model.cfg.n_codes).cpu()
-        if sheet is None:
-            sheet = grid_image(torch.cat([images[:12], recon[:12]]), len(images[:12]))
-    n, *sums = p.sum([len(mine), *totals.values(), *counts.tolist()])
+    n, *sums = procs.sum([len(mine), *totals.values(), *counts.tolist()])
     use, perplexity = code_stats(torch.tensor(sums[len(totals) :]))
-    values = {name: total / n for name, total in zip(totals, sums)}
-    skipped = [s for part in p.gather(skipped) for s in part]
-    return values | {"code_use": use, "val_perplexity": perplexity}, skipped, sheet
+    values = {name: total / n for name, total in zip(totals, sums)} | {"code_use": use, "val_perplexity": perplexity}
+    return values, [s for part in gather_objects(skipped) for s in part]
 
 
-def gradients(forward, model, objective, parts, p, scaler, step):
-    """Backward passes over the parts of a batch -> latents (N, C), codes (N,), {name: mean of a loss over the parts}."""
-    latents, codes, sums = [], [], {}
-    for k, images in enumerate(parts):
-        last, small = k == len(parts) - 1, shrink(images, model.cfg.upscale)
-        forward.require_backward_grad_sync = last
-        with p.autocast():
-            maps, z, c, quantizer_loss = forward(small, None if objective.cfg.frozen else step)
-            picture = model.picture(maps)
-            loss, values = objective(maps, picture, images, model.last_weight, step, scaler.get_scale())
+@torch.no_grad()
+def reconstruction_grid(model, train_set, val_set, procs):
+    """PIL image: training images on the left, validation images on the right, each above its reconstruction."""
+    n = min(6, len(train_set), len(val_set))
+    images = collate([images[i] for images in (train_set, val_set) for i in range(n)])[0].to(procs.device)
+    with procs.autocast():
+        recon = model.decode(model.encode(shrink(images, model.cfg.upscale)))
+    return captioned_grid(torch.stack([images, recon]).cpu(), [])
+
+
+def report(model, train_set, val_set, log, cfg, procs, step):
+    """Evaluate, log the values and save the grid -> the entries that could not be used."""
+    values, skips = evaluate(model, val_set, cfg, procs)
+    check_finite(model, procs, step, values)
+    grid = reconstruction_grid(model, train_set, val_set, procs) if procs.main else None
+    log.evaluation(step, values, ["loss", "psnr", "perplexity"], grid, "reconstructions")
+    procs.say(
+        f"\nstep {step}: val PSNR {values['val_psnr']:.2f} dB, {values['code_use']:.1%} of the codes used, "
+        f"perplexity {values['val_perplexity']:.0f}"
+    )
+    return skips
+
+
+def backward(forward, model, objective, micro_batches, learners, procs, step):
+    """Accumulate the gradients of a step -> latents (N, C), codes (N,), {name: mean over the micro-batches}."""
+    latents, codes, sums, n = [], [], {}, len(micro_batches)
+    scaler, adversary = learners["model"].scaler, objective.adversary_at(step)
+    for k, images in enumerate(micro_batches):
+        forward.require_backward_grad_sync = k == n - 1  # DDP: only the last micro-batch exchanges gradients
+        with procs.autocast():
+            small = shrink(images, model.cfg.upscale)
+            maps, z, c, quantizer_loss = forward(small, train=objective.cfg.train == "all", step=step)
+            recon = model.to_image(maps)
+            loss, values = objective(maps, recon, images, model.last_weight, step, scaler.get_scale())
         loss = loss + quantizer_loss.float()
-        scaler.scale(loss / len(parts)).backward()
-        values |= {"loss": loss.detach(), "mse": (picture.detach() - images).square().mean()}
-        if objective.playing(step):
-            with p.autocast():
-                values["disc_loss"] = objective.adversary.judge(images, picture, len(parts), last)
-        sums = {name: sums.get(name, 0.0) + v / len(parts) for name, v in values.items()}
-        latents.append(z), codes.append(c)
+        scaler.scale(loss / n).backward()
+        values |= {"loss": loss.detach(), "mse": (recon.detach() - images).square().mean()}
+        if adversary:
+            adversary.forward.require_backward_grad_sync = k == n - 1
+            with procs.autocast():
+                loss = adversary.discriminator_loss(recon, images)
+            learners["discriminator"].scaler.scale(loss / n).backward()
+            values["disc_loss"] = loss.detach()
+        sums = {name: sums.get(name, 0.0) + v / n for name, v in values.items()}
+        latents, codes = [*latents, z], [*codes, c]
     return torch.cat(latents), torch.cat(codes), sums
 
 
-def main():
-    # --- configuration, processes, data ---
-    model_cfg, data_cfg, cfg = settled(*parse_flags(__doc__, VQConfig, DataConfig, VQTrainConfig))
-    p = Processes(cfg.device, cfg.precision)
-    train_set, val_set, skipped = load_data(data_cfg, cfg, model_cfg.upscale, p)
+def make_learners(model, objective, procs):
+    """The tokenizer, and the discriminator if there is one, each with AdamW and, in fp16, a gradient scaler."""
+    modules = {"model": (model, objective.cfg)}
+    if objective.adversary:
+        modules["discriminator"] = (objective.adversary.net, objective.adversary.cfg)
+    kind, fp16 = procs.device.type, procs.precision == "fp16"
+    return {
+        name: Learner(module, make_optimizer(module, cfg), torch.amp.GradScaler(kind, enabled=fp16))
+        for name, (module, cfg) in modules.items()
+    }
 
-    # --- model and optimizer ---
-    model = make_model(model_cfg, data_cfg, cfg, p)
-    objective = Objective(cfg, p, p.precision, train_set.size)
-    optimizer, ema, start = make_optimizer(model, cfg), EMA(model, cfg.ema), 0
-    scaler = torch.amp.GradScaler(p.device.type, enabled=p.precision == "fp16")
-    learners = {"": (model, optimizer, scaler)} | objective.parts
+
+def update(learners, objective, step):
+    """One optimizer step of the tokenizer, and of an active discriminator -> the tokenizer's gradient norm."""
+    if adversary := objective.adversary_at(step):
+        learner = learners["discriminator"]
+        optimizer_step(learner.module, learner.optimizer, learner.scaler, adversary.cfg, step)
+    learner = learners["model"]
+    return optimizer_step(learner.module, learner.optimizer, learner.scaler, objective.cfg, step)
+
+
+def log_step(log, step, sums, norm, learner, cfg, procs):
+    """Write a training step's losses, averaged over the processes, to the log."""
+    values = dict(zip(sums, (v / procs.world for v in procs.sum([float(v) for v in sums.values()]))))
+    values["psnr"] = float(10 * torch.tensor(4 / values.pop("mse")).log10())
+    values |= {"grad_norm": float(norm), "lr": learner.optimizer.param_groups[0]["lr"]}
+    values["perplexity"] = code_stats(learner.module.quantizer.ema_count)[1]
+    log.write(step=step, **values, images_per_s=log.rate(cfg.log_every * cfg.batch_size))
+
+
+def main():
+    # --- config, processes, data ---
+    recipes = {name: recipe["vq"] for name, recipe in RECIPES.items()}
+    configs = (VQConfig, VQDataConfig, VQTrainConfig)
+    model_cfg, data_cfg, cfg = settle(*parse_flags(__doc__, configs, vq.PARTS | tokenizer_losses.PARTS, recipes))
+    if cfg.dry_run:
+        return say_size(model_cfg, data_cfg, cfg)
+    procs = Processes(cfg.device, cfg.precision)
+    train_set, val_set, skipped = load_data(data_cfg, cfg, model_cfg.upscale, procs)
+
+    # --- model, optimizer ---
+    model = make_model(model_cfg, data_cfg, cfg, procs.device)
+    objective, ema, start = Objective(cfg, train_set.size, procs.device), EMA(model, cfg.ema), 0
+    learners = make_learners(model, objective, procs)
     if cfg.resume:
         meta = load_state(cfg.out, learners, ema)
         start, skipped.why = meta["step"], dict(meta["skipped"])
-    forward = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if p.world > 1 else model
+    forward = DistributedDataParallel(model, broadcast_buffers=False) if procs.world > 1 else model
     if cfg.compile:
         torch._functorch.config.donated_buffer = False  # the adaptive weight goes through the graph more than once
         forward = torch.compile(forward)
     config = {"kind": "vq", "model": asdict(model_cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
-    p.say(
-        f"{len(train_set)} training and {len(val_set)} validation pictures; {n_params(model) / 1e6:.2f} M parameters; "
-        f"{p}; from step {start} to {cfg.steps}"
+    procs.say(
+        f"{len(train_set)} training and {len(val_set)} validation images; {n_params(model) / 1e6:.2f} M parameters; "
+        f"{procs}; from step {start} to {cfg.steps}"
     )
 
-    # --- the loop ---
-    train_set[start * cfg.batch_size]  # nothing usable: say so here, not in a worker
-    batches = step_batches(train_set, cfg, p, start, data_cfg.workers, collate)
-    log, step = Log(cfg.out, p.main, start), start
-    for step, evaluating, saving, ending in steps(cfg, p, start):
+    # --- loop ---
+    train_set[start * cfg.batch_size]  # if no image can be used, say so here and not in a worker
+    batches = step_batches(train_set, cfg, procs, start, data_cfg.workers, collate)
+    log, step = Log(cfg.out, procs.main, start), start
+    for step, evaluating, saving, ending in steps(cfg, procs, start):
         if evaluating:
             with ema.applied(model):
-                values, skips, sheet = evaluate(model, val_set, cfg, p)
-                check_finite(model, p, step, values)
-            skipped.add(skips)
-            log.evaluation(step, values, ["loss", "psnr", "perplexity"], sheet, "reconstructions")
-            p.say(
-                f"\nstep {step}: val PSNR {values['val_psnr']:.2f} dB, {values['code_use']:.1%} of the codes used, "
-                f"perplexity {values['val_perplexity']:.0f}"
-            )
+                skipped.add(report(model, train_set, val_set, log, cfg, procs, step))
         if saving:
-            check_finite(model, p, step)
-            skipped.add([s for part in p.gather(list(skipped.why.items())) for s in part])
-            save_run(p, cfg.out, config, step, learners, ema, skipped=list(skipped.why.items()))
+            check_finite(model, procs, step)
+            skipped.add([s for part in gather_objects(list(skipped.why.items())) for s in part])
+            save_run(cfg.out, config, step, learners, ema, skipped=list(skipped.why.items()))
         if ending:
             break
 
-        seed_step(cfg.seed, step, p.rank)
-        parts = next(batches)
-        skipped.add([s for _, _, skips in parts for s in skips])
-        parts = [images.to(p.device, non_blocking=True) for images, _, _ in parts]
-        if step == model.quantizer.first_step and not cfg.base:
-            with torch.no_grad(), p.autocast():
-                model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in parts]))
-        latents, codes, sums = gradients(forward, model, objective, parts, p, scaler, step)
-        norm = optimizer_step(model, optimizer, scaler, cfg, step)
-        if not cfg.frozen:
+        seed_step(cfg.seed, step, procs.rank)
+        batch = next(batches)
+        skipped.add([s for _, _, skips in batch for s in skips])
+        batch = [images.to(procs.device, non_blocking=True) for images, _, _ in batch]
+        if step == model.quantizer.first_step and not cfg.init:
+            with torch.no_grad(), procs.autocast():
+                model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in batch]))
+        latents, codes, sums = backward(forward, model, objective, batch, learners, procs, step)
+        norm = update(learners, objective, step)
+        if cfg.train == "all":
             model.quantizer.update(latents, codes, step)
         ema.update(model, step)
-        if objective.playing(step):
-            objective.adversary.step(step)
-
         if (step + 1) % cfg.log_every == 0:
-            values = dict(zip(sums, (v / p.world for v in p.sum([float(v) for v in sums.values()]))))
-            values["psnr"] = float(10 * torch.tensor(4 / values.pop("mse")).log10())
-            values |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
-            values["perplexity"] = code_stats(model.quantizer.ema_count)[1]
-            log.write(step=step + 1, **values, images_per_s=log.rate(cfg.log_every * cfg.batch_size))
-    p.say(f"{cfg.out} holds step {step}; {skipped}")
+            log_step(log, step + 1, sums, norm, learners["model"], cfg, procs)
+    procs.say(f"{cfg.out} holds step {step}; {skipped}")
 
 
 if __name__ == "__main__":

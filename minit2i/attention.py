@@ -1,152 +1,234 @@
-"""Attention under a mask, by what the device does well; every way gives what the dense mask gives.
+"""The attention masks, each written once, and attention under them.
 
-    whole sequence    full or none: products, or scaled_dot_product_attention
+A mask is a function (q, k, layout) -> whether position q may attend to position k, for integer tensors that broadcast.
+Training, cached sampling and the picture of the masks all take it from MASKS; --mask gives each layer its own.
+
+`attend` picks the fastest way that gives the dense mask's result (measured on CPUs; on GPUs by reading):
+
+    whole sequence    causal or bidirectional: scaled_dot_product_attention (half precision on a CPU: explicit products)
                       other masks on a GPU: FlexAttention with block masks, compiled
-                      other masks on a CPU: bands of queries that read the rows or columns that any of them sees
-    one new position  the keys that it sees; compiled, all that it is given, under a row of the mask
-    else              the dense mask
+                      other masks on a CPU: bands of queries, each with the rows or columns of codes that any of them
+                      sees
+    one new position  the keys that it sees; compiled: the whole cache under one row of the mask
+    anything else     the dense mask
 
-All of it is derived from the mask's function in masks.py.
-
-Shapes: B batch, H heads, S queries, M keys, K head size, T text length, h w code grid, L whole sequence.
+Shapes: B batch, H heads, S queries, M keys, K head size, P prefix length, h w code grid, N = h*w, L = P+N sequence.
 """
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from minit2i.masks import MASKS
+# --- the masks -----------------------------------------------------------------------------------------
+
+KERNEL = 11  # side of the conv mask, DALL-E app. B.1
+WINDOW = 8  # side of the window mask; Taming's, which serves sampling only, is 16
 
 
-class Layout(torch.nn.Module):
-    """A mask over the whole sequence, and what follows from it."""
+class Layout(NamedTuple):
+    """Where things stand in the sequence: n_prefix positions of text (and other conditions), then the code grid."""
 
-    def __init__(self, name, cfg):
+    n_prefix: int
+    grid_h: int
+    grid_w: int
+
+    @property
+    def length(self):
+        return self.n_prefix + self.grid_h * self.grid_w
+
+
+def causal(q, k, layout):
+    """Every earlier position and itself."""
+    return k <= q
+
+
+def row(q, k, layout):
+    """The prefix, and codes back to the one above: grid_w + 1 with itself.  DALL-E, arXiv:2102.12092 fig. 11a."""
+    return causal(q, k, layout) & ((k < layout.n_prefix) | (q - k <= layout.grid_w))
+
+
+def column(q, k, layout):
+    """The prefix, and the codes straight above.  DALL-E fig. 11b."""
+    return causal(q, k, layout) & ((k < layout.n_prefix) | ((q - k) % layout.grid_w == 0))
+
+
+def conv(q, k, layout):
+    """The prefix, and the earlier half of an 11x11 window that wraps in raster order.  DALL-E fig. 11d (drawn 3x3)."""
+    side, w = KERNEL // 2, layout.grid_w
+    inside = ((q - k + side) % w < KERNEL) & (q - k <= side * w + side)
+    return causal(q, k, layout) & ((k < layout.n_prefix) | inside)
+
+
+def window(q, k, layout):
+    """The prefix, and earlier codes in a WINDOW x WINDOW crop around the code, clamped to the grid.
+
+    Taming's sliding window, arXiv:2012.09841 sec. 3.3.  Deviation: a mask of each layer, so n layers see further.
+    """
+
+    def inside(q, k, n):  # of n rows (or columns)
+        first = (q - WINDOW // 2).clamp(max=n - WINDOW).clamp(min=0)
+        return (k >= first) & (k < first + WINDOW)
+
+    p, h, w = layout
+    q_row, q_column, k_row, k_column = (q - p) // w, (q - p) % w, (k - p) // w, (k - p) % w
+    return causal(q, k, layout) & ((k < p) | (inside(q_row, k_row, h) & inside(q_column, k_column, w)))
+
+
+def prefix(q, k, layout):
+    """Causal, but the prefix sees all of itself, so its text cannot be learned.  Prefix LM, T5, arXiv:1910.10683 sec.
+    3.2."""
+    return causal(q, k, layout) | ((q < layout.n_prefix) & (k < layout.n_prefix))
+
+
+def bidirectional(q, k, layout):
+    """All positions: for models that do not sample code by code."""
+    return (k >= 0) & (q >= 0)
+
+
+MASKS = {f.__name__: f for f in (causal, row, column, conv, window, prefix, bidirectional)}
+MASK_ORDERS = {}  # a paper's order of masks: name -> (number of layers -> the name of each layer's mask)
+
+
+def layer_masks(mask, n_layer):
+    """--mask -> the name of each layer's mask, n_layer of them; ValueError for an unknown name.
+
+    A name of MASKS, several joined by commas, which layers take in turn, or a name of MASK_ORDERS.
+    """
+    if mask in MASK_ORDERS:
+        return MASK_ORDERS[mask](n_layer)
+    names = mask.split(",")
+    for name in names:
+        if name not in MASKS:
+            known = ", ".join([*MASKS, *MASK_ORDERS])
+            raise ValueError(f"mask {name!r} is not known; use {known}, or several joined by commas")
+    return [names[i % len(names)] for i in range(n_layer)]
+
+
+class AttentionMask(nn.Module):
+    """A mask over one layout, and what `attend` derives from it once."""
+
+    def __init__(self, name, layout):
         super().__init__()
-        self.name, self.cfg, self.block_masks = name, cfg, {}
-        with torch.device("cpu"):  # also when the model is built on another device, or on none
-            at, t = torch.arange(cfg.length), cfg.n_prefix
-            dense = MASKS[name](at[:, None], at[None], cfg)  # (L, L)
+        self.name, self.layout, self.block_masks = name, layout, {}
+        with torch.device("cpu"):  # even if the model is built on another device, or on meta
+            at, p = torch.arange(layout.length), layout.n_prefix
+            dense = MASKS[name](at[:, None], at[None], layout)  # (L, L)
             self.register_buffer("dense", dense, persistent=False)
             ahead = dense & (at > at[:, None])
-            self.text_ahead = bool(ahead[:t].any())  # some text is seen by the position that has to predict it
-            self.image_ahead = bool(ahead[:, t:].any())  # the same of codes
-            self.causal, self.open = dense.equal(at <= at[:, None]), bool(dense.all())
-            self.lead = t if bool(dense[t:, :t].all()) else 0  # keys at the start that all codes see
+            self.prefix_ahead = bool(ahead[:p].any())  # a prefix position sees what it would have to predict
+            self.codes_ahead = bool(ahead[:, p:].any())  # the same of codes
+            self.is_causal, self.is_open = dense.equal(at <= at[:, None]), bool(dense.all())
             self.ends = dense.sum(1).cumsum(0).tolist()
-            seen = at[:0] if self.causal else dense.nonzero()[:, 1]
-            self.register_buffer("seen", seen, persistent=False)  # keys of position 0, of 1, ...
-            self.band(dense, at)
+            keys = at[:0] if self.is_causal else dense.nonzero()[:, 1]
+            self.register_buffer("keys", keys, persistent=False)  # seen by position 0, then by 1, ...
+            if not (self.is_causal or self.is_open):
+                self.make_bands(dense, at)
 
-    def band(self, dense, at):
-        """Bands of queries, each with the lines of keys that any of them sees; a line is a row or a column of codes.
+    def make_bands(self, dense, at):
+        """Split the queries into bands and find the lines (rows or columns of codes) that any query of a band sees.
 
-        order (L,) positions with rows or columns together, whichever needs fewer scores, and back (L,) its inverse.
-        blocks: sizes of the prefix and of each line; queries: sizes of the bands; bands: the blocks that each band
-        reads; visible0, ... bool: what its queries see there; scores: how many there are in all.
+        order (L,): positions with rows or columns contiguous, whichever needs fewer scores; inverse (L,).
+        blocks: sizes of the prefix and of each line; queries: sizes of the bands; bands: the blocks that each reads;
+        visible0, ... bool: the mask of each band; n_scores: how many scores there are in all.
         """
-        t, self.scores = self.cfg.n_prefix, math.inf
-        grid = at[t:].view(self.cfg.grid_h, self.cfg.grid_w)
+        p, self.n_scores = self.layout.n_prefix, math.inf
+        grid = at[p:].view(self.layout.grid_h, self.layout.grid_w)
         for lines in (grid, grid.t()):
-            blocks, per = [at[:t], *lines], max(1, 128 // lines.shape[1])  # measured: bands of 64 to 128 are best
-            queries = [q for q in (at[:t], *map(torch.flatten, lines.split(per))) if len(q)]  # there may be no prefix
+            blocks, per = [at[:p], *lines], max(1, 128 // lines.shape[1])  # measured: bands of 64 to 128 are best
+            queries = [q for q in (at[:p], *map(torch.flatten, lines.split(per))) if len(q)]
             bands = [[i for i, keys in enumerate(blocks) if dense[q][:, keys].any()] for q in queries]
-            keys = [torch.cat([blocks[i] for i in some]) for some in bands]
-            scores = sum(len(q) * len(k) for q, k in zip(queries, keys))
-            if scores < self.scores:
-                self.scores, self.bands, self.by_columns, order = scores, bands, lines is not grid, torch.cat(blocks)
+            keys = [torch.cat([blocks[i] for i in band]) for band in bands]
+            n_scores = sum(len(q) * len(k) for q, k in zip(queries, keys))
+            if n_scores < self.n_scores:
+                self.n_scores, self.bands, self.by_columns, order = (
+                    n_scores,
+                    bands,
+                    lines is not grid,
+                    torch.cat(blocks),
+                )
                 self.blocks, self.queries = [len(x) for x in blocks], [len(x) for x in queries]
                 visible = [dense[q][:, k] for q, k in zip(queries, keys)]
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("back", order.argsort(), persistent=False)
-        for i, some in enumerate(visible):
-            self.register_buffer(f"visible{i}", some, persistent=False)
+        self.register_buffer("inverse", order.argsort(), persistent=False)
+        for i, mask in enumerate(visible):
+            self.register_buffer(f"visible{i}", mask, persistent=False)
 
     def keys_of(self, position):
-        """The keys that one position sees, if the mask is not plainly causal: (M,)."""
-        return self.seen[self.ends[position - 1] if position else 0 : self.ends[position]]
+        """The keys that one position sees (M,), if the mask is not plainly causal."""
+        return self.keys[self.ends[position - 1] if position else 0 : self.ends[position]]
 
     def block_mask(self, device):
-        """FlexAttention's blocks of the reordered sequence, made once for each device."""
+        """FlexAttention's block mask of the reordered sequence, made once for each device."""
         if device not in self.block_masks:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            order, cfg = self.order, self.cfg
-
-            def visible(b, h, q, k):
-                return MASKS[self.name](order[q], order[k], cfg)
-
-            self.block_masks[device] = create_block_mask(visible, None, None, cfg.length, cfg.length, device=device)
+            order, layout, rule = self.order, self.layout, MASKS[self.name]
+            self.block_masks[device] = create_block_mask(
+                lambda b, h, q, k: rule(order[q], order[k], layout),
+                None, None, layout.length, layout.length, device=device,
+            )  # fmt: skip
         return self.block_masks[device]
 
 
-@cache
-def compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch._dynamo.config.recompile_limit = 64  # layouts times batch sizes; past it the whole score matrix is made
-    return torch.compile(flex_attention, dynamic=False)
+# --- attention under a mask ------------------------------------------------------------------------------
 
 
-def attend(q, k, v, layout, start=0, alpha=None):
+def attend(q, k, v, mask, start=0, alpha=None):
     """Attention of positions start ... start+S-1: q (B, H, S, K), k and v (B, H, start+S, K) -> (B, H, S, K).
 
-    start may be a tensor (1,), for one position: k and v may then hold later positions, too.
-    alpha: PB-Relax, CogView 2105.13290 sec. 2.4: softmax((q k^T / alpha - max) * alpha), the division before the product,
-    as after it nothing is left to protect.  A fused kernel never shows its scores and subtracts their maximum itself, so
-    there the division belongs on q and the factor is the kernel's own scale, which it applies to float32 sums.
+    mask: an AttentionMask.  start may be a tensor (1,) for one position: k and v may then hold later positions, too.
+    alpha: PB-Relax, CogView, arXiv:2105.13290 sec. 2.4: softmax((q k^T / alpha - max) * alpha), dividing before the
+    product, after which it would protect nothing.  A fused kernel keeps its scores in float32 and subtracts their
+    maximum itself: there q is divided by alpha, and alpha is the kernel's scale.
     """
     s, stop = q.shape[2], k.shape[2]
     if isinstance(start, torch.Tensor):
-        return dense(q, k, v, layout.dense[start, :stop], alpha=alpha)
+        return dense_attention(q, k, v, mask.dense[start, :stop], alpha=alpha)
     if s == 1 and stop > 1:
-        seen = None if layout.causal else layout.keys_of(start)
-        if seen is None or len(seen) == stop:
-            return dense(q, k, v, alpha=alpha)
-        lead = layout.lead if start >= layout.lead >= 128 else 0  # measured: fewer are gathered sooner than read apart
-        k, v = ((x[:, :, :lead], x.index_select(2, seen[lead:])) for x in (k, v))
-        return beside(q, k, v, alpha) if lead else dense(q, k[1], v[1], alpha=alpha)
-    if layout.causal and start == 0:
-        return dense(q, k, v, causal=True, alpha=alpha)
-    if s < layout.cfg.length:
-        return dense(q, k, v, layout.dense[start:stop, :stop], alpha=alpha)
-    if layout.open:
-        return dense(q, k, v, alpha=alpha)
-    if q.is_cuda:
-        return flex(q, k, v, layout, alpha)
-    return banded(q, k, v, layout, alpha)
+        keys = None if mask.is_causal else mask.keys_of(start)
+        if keys is not None and len(keys) < stop:
+            k, v = k.index_select(2, keys), v.index_select(2, keys)
+        return dense_attention(q, k, v, alpha=alpha)
+    if mask.is_causal and start == 0:
+        return dense_attention(q, k, v, is_causal=True, alpha=alpha)
+    if s < mask.layout.length:
+        return dense_attention(q, k, v, mask.dense[start:stop, :stop], alpha=alpha)
+    if mask.is_open:
+        return dense_attention(q, k, v, alpha=alpha)
+    return (flex if q.is_cuda else banded)(q, k, v, mask, alpha)
 
 
-def dense(q, k, v, mask=None, causal=False, alpha=None):
+def dense_attention(q, k, v, mask=None, is_causal=False, alpha=None):
     """softmax(q k^T / sqrt K + mask) v: q (B, H, S, K), k and v (B, H, M, K), mask (S, M) bool -> (B, H, S, K).
 
-    Training on a CPU in half precision, up to 512 keys, uses products with a softmax in between: the fused kernel's
-    backward is slow there.  If causal, 64 queries at a time read only the keys up to the last of them.
+    Training on a CPU in half precision, up to 512 keys, takes explicit products: the fused kernel's backward pass is
+    slow there.  If causal, 64 queries at a time read only the keys up to the last of them.
     """
     n = q.shape[2]
     if not q.is_cpu or not q.requires_grad or q.dtype == torch.float32 or k.shape[2] > 512:
-        q, scale = divided(q, alpha)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    if causal:
+        q, scale = divide(q, alpha)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+    if is_causal:
         mask = torch.ones(n, n, dtype=torch.bool).tril()
     out = []
-    for i in range(0, n, 64 if causal else n):
-        j = min(i + 64, n) if causal else k.shape[2]  # keys read
-        part = q[:, :, i : i + 64 if causal else n]
+    for i in range(0, n, 64 if is_causal else n):
+        part = q[:, :, i : i + 64 if is_causal else n]
+        j = min(i + 64, n) if is_causal else k.shape[2]  # keys read
         seen = None if mask is None else mask[i : i + part.shape[2], :j]
         out.append(products(part, k[:, :, :j], v[:, :, :j], seen, alpha))
     return torch.cat(out, 2)
 
 
-def divided(q, alpha):
-    """-> q, and the scale that a fused kernel is to give its scores."""
+def divide(q, alpha):
+    """-> q, and the scale for a fused kernel: None, or PB-Relax's alpha with q divided by it."""
     return (q, None) if alpha is None else (q * (q.shape[-1] ** -0.5 / alpha), alpha)
 
 
 def products(q, k, v, mask, alpha=None):
-    """The same as products with a softmax in between, for any leading dimensions."""
+    """Attention as two products with a softmax in between, for any leading dimensions."""
     score = (q * (q.shape[-1] ** -0.5 / (alpha or 1))) @ k.transpose(-1, -2)  # (..., S, M)
     if mask is not None:
         score = score + torch.zeros(mask.shape, dtype=score.dtype, device=mask.device).masked_fill_(~mask, -math.inf)
@@ -155,33 +237,30 @@ def products(q, k, v, mask, alpha=None):
     return score.softmax(-1) @ v
 
 
-def beside(q, ks, vs, alpha=None):
-    """Attention to keys in two places, which are not copied together: q (B, H, S, K), both of ks and vs (B, H, M_i, K)."""
-    q = q * (q.shape[-1] ** -0.5 / (alpha or 1))
-    score = torch.cat([q @ k.mT for k in ks], -1).float()
-    if alpha is not None:
-        score = (score - score.amax(-1, keepdim=True)) * alpha
-    first, second = score.softmax(-1).to(q.dtype).split([k.shape[2] for k in ks], -1)
-    return first @ vs[0] + second @ vs[1]
-
-
-def banded(q, k, v, layout, alpha=None):
+def banded(q, k, v, mask, alpha=None):
     """The whole sequence in bands of queries, each with the prefix and the rows or columns that any of them sees."""
-    if layout.by_columns:
-        q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
-    k, v = k.split(layout.blocks, 2), v.split(layout.blocks, 2)
+    if mask.by_columns:
+        q, k, v = (x.index_select(2, mask.order) for x in (q, k, v))
+    k, v = k.split(mask.blocks, 2), v.split(mask.blocks, 2)
     out = []
-    for i, (part, some) in enumerate(zip(q.split(layout.queries, 2), layout.bands)):
-        keys, values = (torch.cat([x[j] for j in some], 2) for x in (k, v))
-        out.append(dense(part, keys, values, getattr(layout, f"visible{i}"), alpha=alpha))
+    for i, (part, band) in enumerate(zip(q.split(mask.queries, 2), mask.bands)):
+        keys, values = (torch.cat([x[j] for j in band], 2) for x in (k, v))
+        out.append(dense_attention(part, keys, values, getattr(mask, f"visible{i}"), alpha=alpha))
     y = torch.cat(out, 2)
-    return y.index_select(2, layout.back) if layout.by_columns else y
+    return y.index_select(2, mask.inverse) if mask.by_columns else y
 
 
-def flex(q, k, v, layout, alpha=None):
-    """The whole sequence with FlexAttention, rows or columns together so that whole blocks are hidden."""
-    q, scale = divided(q, alpha)
-    if layout.by_columns:
-        q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
-    y = compiled_flex()(q, k, v, block_mask=layout.block_mask(q.device), scale=scale)
-    return y.index_select(2, layout.back) if layout.by_columns else y
+@cache
+def compiled_flex():
+    """FlexAttention, compiled once for all masks and layers."""
+    torch._dynamo.config.recompile_limit = 64  # masks times batch sizes; beyond it the whole score matrix is made
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q, k, v, mask, alpha=None):
+    """The whole sequence with FlexAttention, rows or columns contiguous so that whole blocks are skipped."""
+    q, scale = divide(q, alpha)
+    if mask.by_columns:
+        q, k, v = (x.index_select(2, mask.order) for x in (q, k, v))
+    y = compiled_flex()(q, k, v, block_mask=mask.block_mask(q.device), scale=scale)
+    return y.index_select(2, mask.inverse) if mask.by_columns else y

@@ -1,12 +1,13 @@
-"""Captioned pictures: where they come from, how they are cropped, in which order they are read.
+"""Captioned images: their sources, crops and order.
 
-A source knows its entries by number: `key(i)`, `picture(i) -> PIL image`, `captions(i) -> [str]`.
-`Pictures` turns a source into (image tensor, caption) samples, each a pure function of
-(seed, position), so that resuming, more workers or more processes change nothing.
+A source numbers its entries: `key(i)`, `image(i) -> PIL image`, `captions(i) -> [str]`.  `Images` turns a source into
+(image tensor, caption) samples, each a pure function of (seed, position): resuming, more workers or more processes
+change nothing.
 
-Shapes: B batch, H W picture.
+Shapes: B batch, H W image.
 """
 
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -26,11 +27,14 @@ import torch
 from PIL import Image, ImageOps
 
 from minit2i import scenes
+from minit2i.collectives import barrier, gather_objects, rank_and_world
+from minit2i.config import Config, Group, at_least
 from minit2i.scenes import caption, render, scene_at
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SCENES_SOURCE = hashlib.sha256(inspect.getsource(scenes).encode()).hexdigest()  # other scenes, other codes
-MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb; a 50-megapixel photograph passes
+SCENES_SOURCE = hashlib.sha256(inspect.getsource(scenes).encode()).hexdigest()  # changed scenes are encoded anew
+N_SCENES = 200_000  # of --data scenes
+MAX_PIXELS = 100_000_000  # more is treated as a decompression bomb; a 50-megapixel photograph passes
 
 
 class BadEntry(Exception):
@@ -38,51 +42,49 @@ class BadEntry(Exception):
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where the pictures are and how they are cropped; both scripts have these flags."""
+class DataConfig(Config):
+    """The images and how they are cropped."""
 
-    data: Annotated[str, "'scenes', a folder, or tar shards (path, glob or {00000..00041})"] = "scenes"
-    val_data: Annotated[str, "validation pictures, given like --data; empty: a part of --data"] = ""
-    val_fraction: Annotated[float, "part of --data kept for validation, chosen by a hash of the key"] = 0.02
-    size: Annotated[str, "picture size in pixels: 64, or HEIGHTxWIDTH as 96x64; empty: 64, or the tokenizer's"] = ""
-    resize: Annotated[int, "short side after resizing, before the crop; 0: just large enough"] = 0
-    flip: Annotated[bool, "mirror half of the training pictures (wrong for captions with 'left of')"] = False
-    captions: Annotated[bool, "entries need a caption; train_vq can do with --no-captions"] = True
-    n_scenes: Annotated[int, "how many different scenes '--data scenes' draws"] = 200_000
-    workers: Annotated[int, "loader processes"] = 2
+    group = "Data"
+
+    data: Annotated[str, "'scenes' or scenes:NUMBER, a folder, or tar shards (path, glob or {00000..00041})"] = "scenes"
+    val_data: Annotated[str, "validation images, given like --data, or the fraction of --data kept for it"] = "0.02"
+    image_size: Annotated[str, "pixels: 64, or HEIGHTxWIDTH as 96x64; empty: 64, or the tokenizer's"] = ""
+    resize: Annotated[int, "short side after resizing, before the crop; 0: just large enough", at_least(0)] = 0
+    workers: Annotated[int, "loader processes", Group("Scale"), at_least(0)] = 2
 
 
-def parse_size(size):
+def parse_size(image_size):
     """'64' -> (64, 64), '96x64' -> (96, 64) as (height, width); ValueError otherwise."""
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", size):
-        raise ValueError(f"size {size!r} is not a number of pixels; use 64, or HEIGHTxWIDTH as 96x64")
-    h, *w = map(int, size.split("x"))
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", image_size):
+        raise ValueError(f"image_size {image_size!r} is not a number of pixels; use 64, or HEIGHTxWIDTH as 96x64")
+    h, *w = map(int, image_size.split("x"))
     return h, w[0] if w else h
 
 
-# --- pictures ----------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------
 
 
 FAULTS = (
     (Image.DecompressionBombError, "more than 100 megapixels"),
-    (Image.UnidentifiedImageError, "not a picture"),
+    (Image.UnidentifiedImageError, "not an image"),
     (FileNotFoundError, "missing file"),
     (PermissionError, "no permission"),
-    (Exception, "damaged picture"),  # Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error, ...
+    (Exception, "damaged image"),  # Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error, ...
 )
 
 
 def open_rgb(file, near=None):
-    """Any picture file (path or bytes) -> PIL RGB image, upright, transparency on white.
+    """Any image file (path or bytes) -> PIL RGB image, upright, transparency on white.
 
-    near: (height, width) that will do, so that a large JPEG need not be decoded in full.
-    Raises BadEntry for what is empty, damaged, too large or no picture.
+    near: (height, width) that suffices; a large JPEG is then decoded at a fraction of its size.
+    Raises BadEntry for a file that is empty, damaged, too large or not an image.
     """
     try:
         raw = isinstance(file, bytes)
         if not (len(file) if raw else os.path.getsize(file)):
             raise BadEntry("empty file")
-        with Image.open(io.BytesIO(file) if raw else file) as im:  # a path: the header first, it may be enormous
+        with Image.open(io.BytesIO(file) if raw else file) as im:  # of a path, only the header is read here
             if im.width * im.height > MAX_PIXELS:
                 raise BadEntry("more than 100 megapixels")
             if near:
@@ -106,60 +108,61 @@ def open_rgb(file, near=None):
 
 
 def crop(im, size, resize=0, flip=False, rng=None):
-    """PIL image -> (3, H, W) tensor in [-1, 1]: short side resized, then cropped to size = (H, W).
+    """PIL image -> (3, H, W) tensor in [-1, 1]: resize the short side, then crop to size = (H, W).
 
     With rng the crop is random (and mirrored half of the time if flip), without it central.
     """
     h, w = size
-    scale = max(h / im.height, w / im.width)
-    if resize:
-        scale = max(scale, resize / min(im.height, im.width))
+    scale = max(h / im.height, w / im.width, resize / min(im.size))
     full_w, full_h = max(w, round(im.width * scale)), max(h, round(im.height * scale))
     if rng is None:
         x, y, mirror = (full_w - w) // 2, (full_h - h) // 2, False
     else:
         x, y = rng.integers(full_w - w + 1), rng.integers(full_h - h + 1)
         mirror = flip and rng.random() < 0.5
-    if (full_w, full_h) != im.size:
-        sx, sy = im.width / full_w, im.height / full_h  # resize the crop's part only: a 1x10000 picture is cheap
-        im = im.resize((w, h), Image.BICUBIC, box=(x * sx, y * sy, (x + w) * sx, (y + h) * sy))
-    else:
-        im = im.crop((x, y, x + w, y + h))
-    array = np.array(im)  # (H, W, 3)
+    sx, sy = im.width / full_w, im.height / full_h  # resize the cropped part only: a 1x10000 image is cheap
+    array = np.array(im.resize((w, h), Image.BICUBIC, box=(x * sx, y * sy, (x + w) * sx, (y + h) * sy)))  # (H, W, 3)
     if mirror:
         array = array[:, ::-1].copy()
     return torch.from_numpy(array).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
-def to_pil(image):
-    """(3, H, W) in [-1, 1] -> PIL image."""
-    array = image.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
+# --- text ----------------------------------------------------------------------------------------------
 
 
-def grid_image(images, columns, gap=2):
-    """images (B, 3, H, W) in [-1, 1] -> one PIL image, row by row, on white."""
-    b, _, h, w = images.shape
-    rows = -(-b // columns)
-    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
-    for i, image in enumerate(images):
-        sheet.paste(to_pil(image), (i % columns * (w + gap), i // columns * (h + gap)))
-    return sheet
+def decode_text(raw):
+    """bytes -> str: UTF-8, or UTF-16 with a byte-order mark.  UnicodeDecodeError for anything else."""
+    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return raw.decode("utf-16" if utf16 else "utf-8-sig")
+
+
+def read_text_file(path):
+    """A text file -> str.  ValueError if it cannot be read or decoded."""
+    try:
+        return decode_text(raw := Path(path).read_bytes())
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror}; a plain text file is needed") from None
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise ValueError(f"{path} is not UTF-8 (line {line}); save it as UTF-8") from None
 
 
 def caption_lines(raw):
-    """bytes of a .txt -> its captions, one a line, without empty ones.  BadEntry if there is none."""
-    lines = [line.strip() for line in raw.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+    """bytes of a .txt file -> its captions, one per nonempty line.  BadEntry if there is none."""
+    try:
+        lines = [line.strip() for line in decode_text(raw).splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise BadEntry("caption is not UTF-8") from None
     if not lines:
         raise BadEntry("empty caption")
     return lines
 
 
-# --- sources -----------------------------------------------------------------------------------------
+# --- sources -------------------------------------------------------------------------------------------
 
 
 class Folder:
-    """Pictures below a folder, each with a same-stem .txt beside it."""
+    """Images below a folder, each with a .txt file of the same stem beside it."""
 
     damaged = ()
 
@@ -172,7 +175,7 @@ class Folder:
                 continue
             seen.add(real)
             folders.sort()
-            self.paths += [os.path.join(here, f) for f in sorted(files) if f.lower().endswith(EXTENSIONS)]
+            self.paths += [os.path.join(here, f) for f in files if f.lower().endswith(EXTENSIONS)]
         self.paths.sort()
 
     def __len__(self):
@@ -185,7 +188,7 @@ class Folder:
         return os.path.splitext(self.paths[i])[0] + ".txt"
 
     def stamp(self, i):
-        """What changes when the picture or its caption file does."""
+        """Sizes and modification times of the image and its caption file, which change with their contents."""
         stamp = []
         for path in (self.paths[i], self.text_path(i)):
             try:
@@ -195,7 +198,7 @@ class Folder:
                 stamp.append("missing")
         return " ".join(stamp)
 
-    def picture(self, i, near=None):
+    def image(self, i, near=None):
         return open_rgb(self.paths[i], near)
 
     def captions(self, i, rng=None):
@@ -208,31 +211,31 @@ class Folder:
 class Shards:
     """WebDataset tar shards as img2dataset writes them: key.jpg, key.txt, key.json side by side.
 
-    Only the tar headers are read at the start; a member is then read where it lies in its shard.
-    Nothing is unpacked, and any process or worker can read any entry at any time.
+    Only the tar headers are read at the start, and nothing is unpacked: a member is read where it lies in its shard, by
+    any process or worker.
     """
 
     def __init__(self, paths):
         self.shards, self.entries, self.damaged = paths, [], []
         for shard, path in enumerate(paths):
-            found = {}  # key -> {"picture": (offset, size), "txt": (offset, size)}
+            found = {}  # key -> {"image": (offset, size), "txt": (offset, size)}
             try:
                 with tarfile.open(path, "r:") as tar:
                     for m in tar:
                         folder, _, name = m.name.rpartition("/")
                         stem, _, extension = name.partition(".")  # WebDataset: the key ends at the first dot
-                        kind = "picture" if f".{extension.lower()}" in EXTENSIONS else extension.lower()
-                        if m.isfile() and kind in ("picture", "txt"):
+                        kind = "image" if f".{extension.lower()}" in EXTENSIONS else extension.lower()
+                        if m.isfile() and kind in ("image", "txt"):
                             key = f"{folder}/{stem}" if folder else stem
                             found.setdefault(key, {})[kind] = (m.offset_data, m.size)
                 with open(path, "rb") as f:
                     f.seek(-512, os.SEEK_END)
                     whole = not any(f.read())  # a tar ends with empty blocks
                 if not whole:
-                    self.damaged.append((path, "shard cut short; what is there is used"))
+                    self.damaged.append((path, "shard cut short; the entries before the cut are used"))
             except (tarfile.TarError, OSError, EOFError) as e:
-                self.damaged.append((path, f"damaged shard ({e}); what is before is used"))
-            self.entries += [(shard, k, v["picture"], v.get("txt")) for k, v in found.items() if "picture" in v]
+                self.damaged.append((path, f"damaged shard ({e}); the entries before the damage are used"))
+            self.entries += [(shard, k, v["image"], v.get("txt")) for k, v in found.items() if "image" in v]
 
     def __len__(self):
         return len(self.entries)
@@ -241,9 +244,9 @@ class Shards:
         return self.entries[i][1]
 
     def stamp(self, i):
-        shard, _, picture, _ = self.entries[i]
+        shard, _, image, _ = self.entries[i]
         s = os.stat(self.shards[shard])
-        return f"{shard} {picture} {s.st_size} {s.st_mtime_ns}"
+        return f"{shard} {image} {s.st_size} {s.st_mtime_ns}"
 
     def read(self, shard, part):
         offset, size = part
@@ -251,7 +254,7 @@ class Shards:
             f.seek(offset)
             return f.read(size)
 
-    def picture(self, i, near=None):
+    def image(self, i, near=None):
         shard, _, part, _ = self.entries[i]
         return open_rgb(self.read(shard, part), near)
 
@@ -263,7 +266,7 @@ class Shards:
 
 
 class Scenes:
-    """Generated pictures (scenes.py): entry i is a pure function of (seed, i)."""
+    """Generated images (scenes.py): entry i is a pure function of (seed, i)."""
 
     damaged = ()
 
@@ -279,7 +282,7 @@ class Scenes:
     def stamp(self, i):
         return SCENES_SOURCE
 
-    def picture(self, i, near=None):
+    def image(self, i, near=None):
         return render(scene_at(self.seed, i), *self.size)
 
     def captions(self, i, rng=None):
@@ -288,82 +291,85 @@ class Scenes:
 
 
 def open_source(spec, cfg):
-    """--data or --val_data -> source.  Raises ValueError when there is nothing there."""
-    if spec == "scenes":
-        return Scenes(cfg.n_scenes, parse_size(cfg.size))
+    """--data or --val_data -> source.  ValueError if there is nothing there."""
+    if generated := re.fullmatch(r"scenes(?::([1-9]\d*))?", spec):
+        return Scenes(int(generated[1] or N_SCENES), parse_size(cfg.image_size or "64"))
     if os.path.isdir(spec):
         source = Folder(spec)
     else:
-        braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
-        if braces:
+        if braces := re.search(r"\{(\d+)\.\.(\d+)\}", spec):
             lo, hi = braces.groups()
             names = [spec.replace(braces[0], str(k).zfill(len(lo))) for k in range(int(lo), int(hi) + 1)]
         else:
             names = sorted(glob.glob(spec)) or [spec]
-        missing = [n for n in names if not os.path.isfile(n)]
-        if missing:
+        if missing := [n for n in names if not os.path.isfile(n)]:
             raise ValueError(
-                f"{missing[0]} is neither a folder nor a tar shard; --data takes 'scenes', a folder, "
+                f"{missing[0]} is neither a folder nor a tar shard; --data takes 'scenes' or scenes:NUMBER, a folder, "
                 "or shards as path, glob or {00000..00041}"
             )
         source = Shards(names)
     if not len(source):
-        raise ValueError(f"no pictures in {spec}; looked for {' '.join(EXTENSIONS)}")
+        raise ValueError(f"no images in {spec}; looked for {' '.join(EXTENSIONS)}")
     return source
 
 
 def captions(source, indices):
-    """The captions of some entries, as far as they can be read."""
+    """Yield the captions of some entries, as far as they can be read."""
     for i in indices:
         with contextlib.suppress(BadEntry):
             yield from source.captions(int(i))
 
 
 def split(cfg):
-    """-> (source, indices of training entries), (source, indices of validation entries)."""
-    if not 0 <= cfg.val_fraction < 1:
-        raise ValueError(f"val_fraction {cfg.val_fraction} is no part in [0, 1)")
+    """-> (source, indices of training entries), (source, indices of validation entries).
+
+    A fraction is chosen by a hash of the key: adding or removing entries does not move the others between the two sets.
+    """
     source = open_source(cfg.data, cfg)
     everything = np.arange(len(source))
-    if cfg.val_data:
+    try:
+        fraction = float(cfg.val_data)
+    except ValueError:
         val = open_source(cfg.val_data, cfg)
         return (source, everything), (val, np.arange(len(val)))
+    if not 0 <= fraction < 1:
+        raise ValueError(f"val_data {cfg.val_data} is not a fraction in [0, 1); use 0.02, or a folder or shards")
     share = np.array([zlib.crc32(source.key(i).encode("utf-8", "replace")) for i in everything]) / 2**32
-    train, val = everything[share >= cfg.val_fraction], everything[share < cfg.val_fraction]
-    if not len(val):  # a handful of pictures: validate on what is there rather than not at all
+    train, val = everything[share >= fraction], everything[share < fraction]
+    if not len(val):  # a handful of images: keep one for validation, or validate on the only one
         val = everything[np.argsort(share)[:1]]
         train = everything if len(everything) == 1 else everything[np.argsort(share)[1:]]
     return (source, train), (source, val)
 
 
-# --- samples of stage 1 ------------------------------------------------------------------------------
+# --- samples of stage 1 --------------------------------------------------------------------------------
 
 
 class Order:
-    """Position p = 0, 1, 2, ... -> entry: every epoch a new permutation, a pure function of (seed, epoch)."""
+    """Position p = 0, 1, 2, ... -> entry: a new permutation every epoch, a pure function of (seed, epoch)."""
 
     def __init__(self, indices, seed):
-        self.indices, self.seed, self.epoch, self.perm = indices, seed, None, None
+        self.indices, self.seed, self.epoch, self.permutation = indices, seed, None, None
 
     def __getitem__(self, p):
         epoch, i = divmod(p, len(self.indices))
         if epoch != self.epoch:
             self.epoch = epoch
-            self.perm = np.random.default_rng((self.seed, epoch)).permutation(self.indices)
-        return int(self.perm[i])
+            self.permutation = np.random.default_rng((self.seed, epoch)).permutation(self.indices)
+        return int(self.permutation[i])
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """Position p -> (image (3, H, W) in [-1, 1], caption, skipped).
 
-    An entry that cannot be used gives way to the next in order; skipped lists its (key, why).
-    seed None: entries in order, central crop, first caption (validation).
-    Raises ValueError when no entry can be used.
+    An entry that cannot be used is replaced by the next in order; skipped lists its (key, why).
+    seed None: entries in order, central crop, first caption (validation).  captions False: entries need none.
+    Raises ValueError if no entry can be used.
     """
 
-    def __init__(self, source, indices, cfg, seed=None):
+    def __init__(self, source, indices, cfg, seed=None, captions=True, flip=False):
         self.source, self.indices, self.cfg, self.seed = source, indices, cfg, seed
-        self.size = parse_size(cfg.size)
+        self.captions, self.flip, self.size = captions, flip, parse_size(cfg.image_size)
         self.order = None if seed is None else Order(indices, seed)
 
     def __len__(self):
@@ -371,10 +377,9 @@ class Pictures(torch.utils.data.Dataset):
 
     def load(self, i, rng):
         """Entry i -> image, caption; BadEntry if either is missing."""
-        lines = self.source.captions(i, rng) if self.cfg.captions else [""]
+        lines = self.source.captions(i, rng) if self.captions else [""]
         near = [2 * max(s, self.cfg.resize) for s in self.size]
-        im = self.source.picture(i, near)
-        image = crop(im, self.size, self.cfg.resize, self.cfg.flip, rng)
+        image = crop(self.source.image(i, near), self.size, self.cfg.resize, self.flip, rng)
         return image, lines[0 if rng is None else rng.integers(len(lines))]
 
     def __getitem__(self, p):
@@ -386,8 +391,13 @@ class Pictures(torch.utils.data.Dataset):
                 return *self.load(i, rng), skipped
             except BadEntry as e:
                 skipped.append((self.source.key(i), str(e)))
-        why = "; ".join(f"{k}: {r}" for k, r in skipped[:3])
-        raise ValueError(f"none of the {len(self.indices)} entries can be used ({why})")
+        raise none_usable(self.indices, skipped)
+
+
+def none_usable(indices, skipped):
+    """The error (to raise) that no entry can be used; skipped: [(key, reason)], of which it names three."""
+    why = "; ".join(f"{k}: {r}" for k, r in skipped[:3])
+    return ValueError(f"none of the {len(indices)} entries can be used ({why})")
 
 
 def collate(samples):
@@ -397,7 +407,7 @@ def collate(samples):
 
 
 class Skipped:
-    """What was passed over: each key once, counted by reason, the first ones named."""
+    """The entries that could not be used: each key once, counted by reason; the first hundred are printed."""
 
     def __init__(self, say=print):
         self.why, self.say = {}, say
@@ -409,47 +419,68 @@ class Skipped:
                 if len(self.why) <= 100:
                     self.say(f"skipped {key}: {reason}" + ("; no more are named" if len(self.why) == 100 else ""))
 
-    def counts(self):
-        return dict(sorted(Counter(self.why.values()).items()))
-
     def __str__(self):
-        parts = ", ".join(f"{n} {r}" for r, n in self.counts().items())
+        parts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(self.why.values()).items()))
         return f"skipped {len(self.why)} entries" + (f" ({parts})" if parts else "")
 
 
-class StepSampler:
-    """The positions that one process reads at steps start ... stop - 1, micro-batch by micro-batch.
+# --- batches -------------------------------------------------------------------------------------------
 
-    The global batch of step s is positions s*batch ... (s+1)*batch - 1; process `rank` of `world` takes
-    its contiguous share of each, in `accum` parts.
+
+def positions(start, cfg, rank, world):
+    """Yield the positions of each micro-batch that one process reads from step `start` on.
+
+    The global batch of step s is positions s*batch_size ... (s+1)*batch_size - 1; process `rank` of `world` takes its
+    contiguous share, in `accum` micro-batches.
     """
-
-    def __init__(self, start, stop, batch, accum=1, rank=0, world=1):
-        self.steps, self.batch, self.accum, self.rank, self.world = range(start, stop), batch, accum, rank, world
-
-    def __len__(self):
-        return len(self.steps) * self.accum
-
-    def __iter__(self):
-        n = self.batch // (self.accum * self.world)
-        for step in self.steps:
-            first = step * self.batch + self.rank * n * self.accum
-            for k in range(self.accum):
-                yield list(range(first + k * n, first + (k + 1) * n))
+    n = cfg.batch_size // (cfg.accum * world)
+    for step in range(start, cfg.steps):
+        first = step * cfg.batch_size + rank * n * cfg.accum
+        for k in range(cfg.accum):
+            yield range(first + k * n, first + (k + 1) * n)
 
 
 def own_group(worker):
-    """Signals to the process group (Ctrl-C, torchrun's SIGTERM) reach the trainer, which saves, not its workers."""
+    """Shield a worker from signals to the process group (Ctrl-C, torchrun's SIGTERM): the last step needs it."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
-def step_batches(dataset, cfg, p, start, workers, collate_fn):
-    """The parts of this process's batches, a list for each step from `start`, the same whatever the number of workers.
+def step_batches(dataset, cfg, procs, start, workers, collate_fn):
+    """This process's micro-batches, a list for each step from `start`, the same for any number of workers.
 
-    cfg: train.TrainConfig; p: train.Processes.
+    cfg: train.TrainConfig; procs: train.Processes.
     """
-    sampler = StepSampler(start, cfg.steps, cfg.batch_size, cfg.accum, p.rank, p.world)
-    how = dict(num_workers=workers, worker_init_fn=own_group, pin_memory=torch.cuda.is_available())
-    parts = iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, **how))
+    sampler = positions(start, cfg, procs.rank, procs.world)
+    settings = dict(num_workers=workers, worker_init_fn=own_group, pin_memory=torch.cuda.is_available())
+    parts = iter(torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, **settings))
     return ([next(parts) for _ in range(cfg.accum)] for _ in range(start, cfg.steps))
+
+
+# --- arrays that are computed once -----------------------------------------------------------------------
+
+
+def cached_array(path, shape, dtype, fill):
+    """A read-only memory-mapped array (.npy), computed at the first call, mapped from disk afterwards.
+
+    fill(array, rows): compute the rows (a range) that are this process's share.  The file appears when it is complete.
+    """
+    path, (rank, world) = Path(path), rank_and_world()
+    if any(gather_objects(not path.exists())):
+        part = path.with_name(f"{path.name}.{gather_objects(os.getpid())[0]}.part")  # two runs may share the cache
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(part, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
+                with open(part, "rb+") as f:
+                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(part))
+        barrier()
+        array = np.load(part, mmap_mode="r+")
+        fill(array, range(shape[0] * rank // world, shape[0] * (rank + 1) // world))
+        array.flush()
+        del array  # Windows renames no file that is mapped
+        barrier()
+        if rank == 0:
+            os.replace(part, path)
+        barrier()
+    return np.load(path, mmap_mode="r")

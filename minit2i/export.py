@@ -1,4 +1,4 @@
-"""Make a small folder of a trained prior (or tokenizer, or pair of towers), for use only: float16 weights, no state, no paths.
+"""Make a small copy of a trained prior or tokenizer for use only: float16 weights, no state, no paths of this machine.
 
 python -m minit2i.export --model out/scenes --out minit2i/pretrained
 """
@@ -11,27 +11,32 @@ from minit2i.checkpoint import load_tensors, read_config, save_model, write_file
 from minit2i.flags import new_parser
 from minit2i.train import run
 
-# settings that say where a run was, not what it was
-PRIVATE = "out vq cache resume init finetune_decoder super_resolution vgg text_encoder init_lm device val_data".split()
+PRIVATE = "out vq cache resume init vgg device val_data dry_run workers".split()  # how and where a run was started
 
 
-def export(folder, out):
-    """Copy a checkpoint folder, a prior's or two towers' with the tokenizer inside, or a tokenizer's, with float16 weights."""
-    config = read_config(folder)
-    if config["kind"] == "lm":
-        raise ValueError(f"{folder} is a language model; {Path(folder, 'lm')} is the part of it that others can use")
-    if Path(out).resolve() == Path(folder).resolve():
-        raise ValueError(f"--out {out} is --model, whose float32 weights would be lost; use another")
+def without_paths(config):
+    """A checkpoint's config without the settings that say where a run was; folders keep their names."""
+    config = dict(config)
     for part in ("train", "data"):
         config[part] = {k: v for k, v in config[part].items() if k not in PRIVATE}
     config["data"]["data"] = Path(config["data"]["data"]).name
-    if "text_encoder" in config:  # too large to copy; it is known by its hash, wherever it is
-        config["text_encoder"]["folder"] = Path(config["text_encoder"]["folder"]).name
+    folders = {k: Path(v).name for k, v in config["model"].items() if k in ("t5", "llama")}  # t5 is known by its hash
+    config["model"] = config["model"] | folders
+    return config
+
+
+def export(folder, out):
+    """Copy a checkpoint folder, a prior's with its tokenizer, with float16 weights."""
+    config = read_config(folder)
+    if Path(folder, "lm").exists():
+        raise ValueError(f"{folder} is a language model; {Path(folder, 'lm')} is the part of it that others can use")
+    if Path(out).resolve() == Path(folder).resolve():
+        raise ValueError(f"--out {out} is --model, whose float32 weights would be lost; use another")
     tensors, _ = load_tensors(Path(folder, "model.safetensors"))
-    save_model(out, tensors, config, torch.float16)
+    save_model(out, tensors, without_paths(config), torch.float16)
+    if Path(folder, "text.model").exists():
+        write_file(Path(out, "text.model"), Path(folder, "text.model").read_bytes())
     if config["kind"] != "vq":
-        if "text_encoder" not in config:
-            write_file(Path(out, "text.model"), Path(folder, "text.model").read_bytes())
         export(Path(folder, "vq"), Path(out, "vq"))
 
 

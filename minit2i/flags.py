@@ -1,18 +1,23 @@
-"""Flags from config dataclasses: a script's --help, recipes, and what a run that goes on has in its config.json."""
+"""Command-line flags from config dataclasses: one parse, and one line of precedence (see `parse_flags`)."""
 
 import argparse
 import os
-from dataclasses import asdict, fields, replace
-from typing import get_type_hints
+import sys
+import textwrap
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
 
 from minit2i.checkpoint import has_state, read_config
-from minit2i.recipes import defaults, explain
+from minit2i.config import annotations, known, merge, pick
+
+COMMON = ("data", "vq", "out", "steps", "batch_size", "recipe", "resume")  # the flags that --help shows first
+GROUPS = ("Common", "Run", "Data", "Model", "Loss", "Optimizer", "Scale", "Half precision")
 
 
-def new_parser(doc, **how):
-    """A parser whose --help shows a docstring as it is."""
+def new_parser(doc, **settings):
+    """An argparse parser whose --help shows a docstring unchanged."""
     style = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False, **how)
+    return argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False, **settings)
 
 
 def count(text):
@@ -22,83 +27,177 @@ def count(text):
     return int(text)
 
 
-def add_flags(parser, config):
-    """A flag for every field of a config dataclass that is Annotated[type, help, choices]; none for plain ones."""
-    group = parser.add_argument_group(f"{config.__name__}: {config.__doc__.splitlines()[0]}")
-    hints = get_type_hints(config, include_extras=True)
-    for f in fields(config):
-        if not hasattr(hints[f.name], "__metadata__"):
-            continue
-        kind, (text, *choices) = hints[f.name].__origin__, hints[f.name].__metadata__
-        how = dict(choices=choices[0]) if choices else dict(metavar=kind.__name__.upper())
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how | dict(type=kind)
-        if f.default is f.default_factory:  # both MISSING
-            group.add_argument(f"--{f.name}", help=text, required=True, **how)
-        else:
-            shown = f"{text} [{f.default}]".replace("%", "%%")
-            group.add_argument(f"--{f.name}", help=shown, default=f.default, **how)
+def add_flags(parser, *configs, values={}, parts={}):
+    """A flag for every annotated field of the config dataclasses, under the headings of their groups.
 
-
-def pick(config, values):
-    """The fields of a config dataclass out of a dict (or namespace) that may hold more."""
-    values = values if isinstance(values, dict) else vars(values)
-    return config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
-
-
-def parse_flags(doc, model, data, train, argv=None):
-    """argv -> a config of each of the three dataclasses.  --recipe replaces their defaults (see recipes.py).
-
-    With --resume the run's own config.json replaces the defaults, with --init (see `base`) the model's part of that one's,
-    so that no flag needs retyping; its config has resume only if there is a run to continue.  ValueError if a flag would
-    change the model of a resumed run.
+    values: shown by --help instead of the class's defaults.  parts: {field: registry}, whose names --help lists.
     """
-    configs = (train, data, model)
-    parser = new_parser(doc, epilog=explain(configs).replace("%", "%%"))
+    found = {}  # name -> (heading, Field, default); of two configs with one field, the first counts
     for config in configs:
-        add_flags(parser, config)
-    first_cfg = pick(train, parser.parse_args(argv))
-    parser.set_defaults(**defaults(first_cfg.recipe, configs))
-    args = parser.parse_args(argv)
-    resumed, named = args.resume and has_state(args.out), pick(train, args).named
-    parser.set_defaults(**named)
-    folder = args.out if resumed else pick(train, args).base
-    if folder:
-        saved = read_config(folder)
-        if not set(saved["model"]) <= {f.name for f in fields(model)}:
-            raise ValueError(f"{folder} holds a run of the other stage, or of a newer version; use another folder")
-        parser.set_defaults(**saved["model"] | ({} if resumed else named))
+        defaults = {f.name: f.default for f in fields(config)}
+        for name, field in annotations(config).items():
+            found.setdefault(name, ("Common" if name in COMMON else field.group, field, defaults[name]))
+    order = sorted(found, key=lambda name: COMMON.index(name) if name in COMMON else len(COMMON))
+    headings = [heading for heading, _, _ in found.values()]
+    for heading in sorted(set(headings), key=[*GROUPS, *headings].index):
+        group = parser.add_argument_group(heading)
+        for name in (name for name in order if found[name][0] == heading):
+            _, field, default = found[name]
+            how = dict(choices=field.choices) if field.choices else dict(metavar=field.type.__name__.upper())
+            how = dict(action=argparse.BooleanOptionalAction) if field.type is bool else how | dict(type=field.type)
+            if parser.argument_default is not argparse.SUPPRESS:  # else only what is given appears in the result
+                how |= dict(required=True) if default is MISSING else dict(default=default)
+            names = f": {', '.join(parts[name])}" if name in parts else ""
+            shown = values.get(name, default)
+            shown = f" [{shown}]" if shown not in ("", MISSING) else ""
+            group.add_argument(f"--{name}", help=(field.help + names + shown).replace("%", "%%"), **how)
+
+
+def parse_flags(doc, configs, parts, recipes, sizes={}, argv=None):
+    """argv -> an instance of each config dataclass; later ones of `defaults | recipe | size | saved | given` win.
+
+    configs: dataclasses of the model, the data and the training.  parts: {field: registry}; the field names a class of
+    the registry, or several joined by commas, and a class's `Config` (if any) joins the dataclass that has the field.
+    recipes: {name: settings}; sizes: {name: settings}, for a flag --model_size.
+    saved: with --resume all settings of the run in --out, with --init those of that folder's model.  The result's
+    `resume` says whether there is a run to continue.
+    ValueError for unknown names, flags that do not go together, and a folder that would lose a run or a model.
+    """
+    every = [getattr(part, "Config", None) for registry in parts.values() for part in registry.values()]
+    every = [*configs, *dict.fromkeys(part for part in every if part)]
+    parser = new_parser(doc, add_help=False, argument_default=argparse.SUPPRESS)
+    add_flags(parser, *every)
+    parser.add_argument("-h", "--help", action="store_true", help="show this text and exit")
+    given = vars(parser.parse_args(argv))
+    helping = given.pop("help", False)
+    if not helping and "out" not in given:
+        parser.error("the following arguments are required: --out")
+    resumed = not helping and check_folder(given)
+
+    saved = read_saved(given, resumed, every)
+    recipe = named("recipe", given.get("recipe", ""), recipes)
+    size = named("model_size", given.get("model_size", recipe.get("model_size", "")), sizes)
+    asked = "model_size" in given and given["model_size"] != saved.get(
+        "model_size"
+    )  # by hand: wins over --init's model
+    values = recipe | size | saved | (size if asked else {}) | given
+    chosen = [choose(config, values, parts) for config in configs]
+    for name in given:
+        if not any(name in annotations(config) for config in chosen):
+            raise ValueError(f"--{name} is a setting of {owner(name, parts)}; add that, or leave --{name} out")
+    if helping:
+        show_help(doc, chosen, values, parts, recipes)
+    result = [pick(config, values) for config in chosen]
     if resumed:
-        if first_cfg.recipe not in ("", before := saved["train"].get("recipe", "")):
-            raise ValueError(
-                f"--resume cannot change --recipe {first_cfg.recipe} (the run has {before!r}); leave it out"
-            )
-        parser.set_defaults(**saved["train"] | saved["data"] | {"resume": True})
-        if named != pick(train, saved["train"]).named:  # then, if there is one, it was given now
-            parser.set_defaults(**named)
-        now, before = asdict(pick(model, parser.parse_args(argv))), asdict(pick(model, saved["model"]))
-        changed = [f"--{k} {now[k]} (the run has {v})" for k, v in before.items() if now[k] != v]
-        if changed:
-            raise ValueError(f"--resume cannot change the model: {', '.join(changed)}; use another --out")
-    elif has_state(args.out) and not args.resume:
-        raise ValueError(f"{args.out} already holds a run; add --resume to continue it, or use another --out")
-    args = parser.parse_args(argv)
-    cfg = replace(pick(train, args), resume=resumed)
-    check(cfg)
-    return pick(model, args), pick(data, args), cfg
+        check_resumed(given, saved, result[0])
+    result[-1] = replace(result[-1], resume=resumed)
+    check_batch(result[-1])
+    return result
 
 
-def check(cfg):
-    """ValueError for settings that cannot work."""
-    least = dict.fromkeys(("batch_size", "accum", "log_every", "eval_every", "eval_size", "save_every", "crops"), 1)
-    for name, n in (least | dict.fromkeys(("steps", "warmup", "clip", "seed"), 0)).items():
-        if getattr(cfg, name, n) < n:
-            raise ValueError(f"{name} {getattr(cfg, name)} is less than {n}")
-    for name in ("ema", "cond_drop", "bpe_dropout", "label_smoothing"):
-        if not 0 <= getattr(cfg, name, 0) <= 1:
-            raise ValueError(f"{name} {getattr(cfg, name)} is not in [0, 1]")
-    parts = cfg.accum * (getattr(cfg, "plan", 0) or int(os.environ.get("WORLD_SIZE", 1)))
+def named(field, name, table):
+    """The settings that a name stands for, {} for ''."""
+    return known(table, field, name) if name else {}
+
+
+def choose(config, values, parts):
+    """The config dataclass with the settings of those parts that its fields choose."""
+    found = []
+    for f in fields(config):
+        for name in values.get(f.name, f.default).split(",") if f.name in parts else ():
+            found.append(getattr(named(f.name, name, parts[f.name]), "Config", None))
+    return merge(config, *found)
+
+
+def owner(name, parts):
+    """The flags that bring a part's setting, as text: '--quantizer gumbel'."""
+    return " or ".join(
+        f"--{field} {key}"
+        for field, registry in parts.items()
+        for key, part in registry.items()
+        if (config := getattr(part, "Config", None)) and name in annotations(config)
+    )
+
+
+# --- runs that are already there ---------------------------------------------------------------------
+
+
+def check_folder(given):
+    """Whether --out has a run to continue.  ValueError if it has one, or a model, that would be overwritten."""
+    out, resume = given["out"], given.get("resume", False)
+    if has_state(out):
+        if not resume:
+            raise ValueError(f"{out} already holds a run; add --resume to continue it, or use another --out")
+        return True
+    if Path(out, "model.safetensors").exists() and not Path(out, "state").exists():
+        raise ValueError(f"{out} holds a model that cannot be resumed; use --init {out}, or another --out")
+    return False
+
+
+def read_saved(given, resumed, configs):
+    """The settings of the run that is resumed, or of the model that --init names."""
+    folder = given["out"] if resumed else given.get("init")
+    if not folder:
+        return {}
+    saved = read_config(folder)
+    known = {f.name for config in configs for f in fields(config)}
+    if not set(saved["model"]) <= known:
+        raise ValueError(f"{folder} holds a run of the other stage, or of a newer version; use another folder")
+    return saved["model"] | saved["data"] | saved["train"] if resumed else saved["model"]
+
+
+def check_resumed(given, saved, model):
+    """ValueError if a flag would change the recipe or the model of a resumed run."""
+    if given.get("recipe", "") not in ("", before := saved.get("recipe", "")):
+        raise ValueError(
+            f"--resume cannot change --recipe {given['recipe']} (the run has {before!r}); leave --recipe out"
+        )
+    now, before = vars(model), vars(pick(type(model), saved))
+    changed = [f"--{k} {now[k]} (the run has {before[k]})" for k in now if now[k] != before[k]]
+    if changed:
+        raise ValueError(f"--resume cannot change the model: {', '.join(changed)}; use another --out")
+
+
+def check_batch(cfg):
+    """ValueError unless the batch divides into equal micro-batches."""
+    parts = cfg.accum * int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % parts:
         raise ValueError(
-            f"batch_size {cfg.batch_size} does not divide into {parts} parts (processes x accum); "
+            f"batch_size {cfg.batch_size} does not divide into {parts} micro-batches (processes x accum); "
             f"use {cfg.batch_size // parts * parts + parts}"
         )
+
+
+# --- --help and --dry_run ------------------------------------------------------------------------------
+
+
+def as_flag(name, value):
+    """A setting as it is typed: --name value, or --no-name."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value:.4g}" if isinstance(value, float) else f"--{name} {value}"
+
+
+def show_help(doc, configs, values, parts, recipes):
+    """Print the flags of the chosen parts and what each recipe sets, and exit."""
+    epilog = ["recipes, whose settings are defaults:"]
+    for name, settings in recipes.items():
+        flags = " ".join(as_flag(k, v) for k, v in settings.items())
+        epilog += textwrap.wrap(f"{name}: {flags}", 110, initial_indent="  ", subsequent_indent="      ")
+    if parts:
+        epilog.append(f"Other choices of {', '.join(f'--{name}' for name in parts)} have flags of their own:")
+        epilog.append("give the choice together with --help.")
+    epilog = "\n".join(epilog).replace("%", "%%")
+    parser = new_parser(doc, epilog=epilog, argument_default=argparse.SUPPRESS)
+    add_flags(parser, *configs, values=values, parts=parts)
+    parser.print_help()
+    sys.exit()
+
+
+def describe(configs):
+    """The resolved settings as text, a paragraph for each config; for --dry_run."""
+    lines = []
+    for cfg in configs:
+        flags = " ".join(as_flag(k, v) for k, v in vars(cfg).items() if v != "")
+        lines += textwrap.wrap(f"{type(cfg).__name__}: {flags}", 118, subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join(lines)

@@ -1,37 +1,37 @@
 """What keeps a prior trained in float16 finite: activations that would overflow, gradients that would vanish.
 
-float16 ends at 65,504, and below 6e-8 everything is zero.  `python -m minit2i.stability` provokes both.
+float16 ends at 65,504, and below 6e-8 everything is zero.  `python -m minit2i.experiments.stability` provokes both.
 """
 
 import torch
 import torch.nn as nn
 
-ALPHA = 32  # of PB-Relax attention, CogView, 2105.13290 sec. 2.4
+ALPHA = 32  # of PB-Relax attention (attention.py:attend), CogView, arXiv:2105.13290 sec. 2.4
 
 
 class PBLayerNorm(nn.LayerNorm):
     """LayerNorm in x's own precision that squares nothing large: x is divided by its largest absolute value first.
 
-    PB-Relax, CogView sec. 2.4: LayerNorm(x / c) = LayerNorm(x) but for eps.  torch's layer_norm is computed in float32
-    even for float16; this is for devices and kernels that do not.
+    PB-Relax, CogView sec. 2.4: LayerNorm(x / c) = LayerNorm(x) but for eps.  torch's layer_norm computes in float32
+    even for float16 inputs; this is for devices and kernels that do not.
     """
 
     def forward(self, x):
         return self.plain(x / x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
 
     def plain(self, x):
-        """LayerNorm from its definition."""
+        """LayerNorm from its definition, in x's precision."""
         x = x - x.mean(-1, keepdim=True)
         x = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         return x * self.weight.to(x.dtype) + self.bias.to(x.dtype)
 
 
 def shrink_gradient(x, share):
-    """x, through which only `share` of the gradient passes.  CogView sec. 2.4, of the embedding, with 0.1."""
+    """x, with only `share` of its gradient.  CogView sec. 2.4 applies it to the embedding, with 0.1."""
     return x if share == 1 else x * share + x.detach() * (1 - share)
 
 
-# --- gradient scales for each block ------------------------------------------------------------------------
+# --- a gradient scale for each residual branch -----------------------------------------------------------
 #
 #     forward    x ---------------------------------------(+)--->     float32
 #                 \\--> enter --> norm, attention --> leave --/
@@ -40,7 +40,7 @@ def shrink_gradient(x, share):
 
 
 class Enter(torch.autograd.Function):
-    """Into a branch: nothing forward; backward the gradient without what is not finite, divided by the block's scale."""
+    """Into a branch: identity; backward, NaN and Inf become zero and the gradient is divided by the branch's scale."""
 
     @staticmethod
     def forward(ctx, x, scale):
@@ -53,7 +53,8 @@ class Enter(torch.autograd.Function):
 
 
 class Leave(torch.autograd.Function):
-    """Out of a branch, to float32; backward the gradient times the block's scale, then to the branch's precision."""
+    """Out of a branch, to float32; backward, the gradient is multiplied by the scale and cast to the branch's
+    precision."""
 
     @staticmethod
     def forward(ctx, x, scale):
@@ -66,60 +67,61 @@ class Leave(torch.autograd.Function):
         return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None
 
 
-def branch(f, x, scale):
-    """f(x), its gradients computed times `scale` (a tensor), or as they are if that is None."""
-    return f(x) if scale is None else Leave.apply(f(Enter.apply(x, scale)), scale)
-
-
 def make_scaler(model, cfg, p):
-    """What keeps small gradients of float16: a scale of the loss, or of each block if cfg.block_scale."""
+    """The scaler for float16's small gradients: one scale for the loss, or with cfg.block_scale one for each branch.
+
+    p: the training's Processes (device, precision, world, all_reduce).
+    """
     if not cfg.block_scale:
         return torch.amp.GradScaler(p.device.type, enabled=p.precision == "fp16")
     if p.precision == "fp16" and not model.cfg.fp32_logits:
-        raise ValueError("block_scale leaves the heads' gradients without a scale: under fp16 it needs --fp32_logits")
+        raise ValueError("--block_scale leaves the heads' gradients without a scale: with fp16 it needs --fp32_logits")
     return BlockScaler(model, p)
 
 
 class BlockScaler:
-    """Per-resblock gradient scaling, DALL-E, 2102.12092 sec. 2.4 and app. B.2, to be used as a GradScaler.
+    """Per-resblock gradient scaling, DALL-E, arXiv:2102.12092 sec. 2.4 and app. D; used like a GradScaler.
 
-    Every block has a scale, which starts at M * 2^13 (M processes); an update with finite gradients multiplies it by
-    2^(1/1000); one with others is skipped for that block, and divides its scale by sqrt 2 if none has within 125 updates;
-    it stays in M * [2^7, 2^24].  The paper does not say what a resblock is; here both branches of a block share its scale.
-    What lies outside the blocks (embeddings, heads, the last norm) has float32 gradients and no scale; its update is
-    skipped when they are not finite.
+    Each resblock (attention and MLP are one each: 2 n_layer scales) starts at M * 2^13 for M processes.  A finite
+    update multiplies its scale by 2^(1/1000); a nonfinite one is skipped for that resblock and divides the scale by
+    sqrt 2, unless that happened within the last 125 updates; scales stay in M * [2^7, 2^24].  Everything outside the
+    branches (embeddings, heads, last norm) has float32 gradients and no scale; its update is skipped when they are
+    NaN or Inf.
 
-    p: Processes, which decide together, as the scales must stay the same everywhere.
+    p: Processes; they decide together, so scales are the same on all of them.
     """
 
     def __init__(self, model, p):
         self.p, self.low, self.high = p, p.world * 2.0**7, p.world * 2.0**24
-        self.scales = torch.full((len(model.all_blocks()),), p.world * 2.0**13, device=p.device)
-        self.model, model.block_scales = model, self.scales
-        self.updates, self.skips = 0, 0
-        self.divided = [-125] * len(self.scales)  # the last time each was, in updates
+        self.model, self.branches = model, [m for m in model.modules() if hasattr(m, "gradient_scale")]
+        self.scales = torch.full((len(self.branches),), p.world * 2.0**13, device=p.device)
+        for branch, scale in zip(self.branches, self.scales):
+            branch.gradient_scale = scale  # a view: `update` changes it in place
+        self.n_updates, self.n_skipped = 0, 0
+        self.last_divided = [-125] * len(self.branches)  # the update at which each scale was divided last
 
-    def parts(self):
-        """The parameters of each block, and of the rest."""
-        blocks = [[*block.parameters()] for block in self.model.all_blocks()]
-        inside = {w for part in blocks for w in part}
-        return [*blocks, [w for w in self.model.parameters() if w not in inside]]
+    def parameter_groups(self):
+        """The parameters of each branch, and those outside all branches."""
+        inside = [[*branch.parameters()] for branch in self.branches]
+        known = {w for group in inside for w in group}
+        return [*inside, [w for w in self.model.parameters() if w not in known]]
 
     def scale(self, loss):
+        """The loss itself: branches scale their own gradients."""
         return loss
 
     @torch.no_grad()
     def unscale_(self, optimizer):
-        """Divide each block's gradients by its scale; without gradients, the optimizer skips what is not finite."""
-        parts, bad = self.parts(), []
-        for part, scale in zip(parts, [*self.scales, torch.ones_like(self.scales[0])]):
-            grads = [w.grad for w in part if w.grad is not None]
+        """Divide each branch's gradients by its scale; drop those with a NaN or Inf, so the optimizer skips them."""
+        groups, nonfinite = self.parameter_groups(), []
+        for group, scale in zip(groups, [*self.scales, torch.ones_like(self.scales[0])]):
+            grads = [w.grad for w in group if w.grad is not None]
             grads = [g.to_local() if hasattr(g, "to_local") else g for g in grads]  # of a sharded model
-            bad.append(torch.stack([~g.isfinite().all() for g in grads]).any())
+            nonfinite.append(torch.stack([~g.isfinite().all() for g in grads]).any())
             torch._foreach_div_(grads, scale)
-        self.bad = [n > 0 for n in self.p.total(torch.stack(bad).float()).tolist()]
-        for part, bad in zip(parts, self.bad):
-            for w in part if bad else ():
+        self.nonfinite = [n > 0 for n in self.p.all_reduce(torch.stack(nonfinite).float()).tolist()]
+        for group, skip in zip(groups, self.nonfinite):
+            for w in group if skip else ():
                 w.grad = None
 
     def step(self, optimizer):
@@ -128,23 +130,28 @@ class BlockScaler:
     def update(self):
         """The paper's rule, after each step."""
         factor = torch.full_like(self.scales, 2 ** (1 / 1000))
-        for i, bad in enumerate(self.bad[:-1]):
-            if bad:
-                divide = self.updates - self.divided[i] >= 125
+        for i, nonfinite in enumerate(self.nonfinite[:-1]):
+            if nonfinite:
+                divide = self.n_updates - self.last_divided[i] >= 125
                 factor[i] = 0.5**0.5 if divide else 1.0
-                self.divided[i] = self.updates if divide else self.divided[i]
+                self.last_divided[i] = self.n_updates if divide else self.last_divided[i]
         self.scales.mul_(factor).clamp_(self.low, self.high)
-        self.updates, self.skips = self.updates + 1, self.skips + any(self.bad)
+        self.n_updates, self.n_skipped = self.n_updates + 1, self.n_skipped + any(self.nonfinite)
 
     def get_scale(self):
-        """A number that changes when an update was skipped."""
-        return self.skips
+        """1.0: the loss is not scaled (the adaptive weight of a tokenizer's losses asks)."""
+        return 1.0
 
     def state_dict(self):
-        """JSON-able; the scales without M, as another number of processes may go on."""
+        """JSON-able; scales are divided by M, as a run may resume on another number of processes."""
         scales = [s / self.p.world for s in self.scales.tolist()]
-        return {"scales": scales, "divided": self.divided, "updates": self.updates, "skips": self.skips}
+        counts = {"n_updates": self.n_updates, "n_skipped": self.n_skipped}
+        return {"scales": scales, "last_divided": self.last_divided} | counts
 
     def load_state_dict(self, state):
         self.scales.copy_(torch.tensor(state["scales"]) * self.p.world)
-        self.divided, self.updates, self.skips = list(state["divided"]), state["updates"], state["skips"]
+        self.last_divided, self.n_updates, self.n_skipped = (
+            state["last_divided"],
+            state["n_updates"],
+            state["n_skipped"],
+        )

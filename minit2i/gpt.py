@@ -1,364 +1,719 @@
-"""Stage 2: a GPT over one sequence of caption and codes.
+"""Stage 2: a GPT over one sequence, caption and then image codes.
 
     position   0 ........ T-1 | T ............. T+N-1
     token      text and pads  | codes in raster order
     predicts   1 ........ T-1 | 0 ... N-1, code n from position T-1+n
 
-DALL-E's prior (Ramesh et al., arXiv:2102.12092 sec. 2.2) on nanoGPT-sized blocks.  Its relatives on the same blocks:
+DALL-E's prior (arXiv:2102.12092 sec. 2.2) on nanoGPT-sized blocks.  The papers' files add to it along two axes:
 
-    --low f             text | codes of the picture shrunk f times | codes    super-resolution (CogView, Muse)
-    --order image       beginning mark | codes | rest of the text             a captioner (CogView)
-    --objective masked  text | codes, some replaced by a mask token, which predict themselves (MaskGIT, Muse)
+    MODELS      how a prior learns and samples: a subclass of GPT with its own `loss` and `generate`      --model
+    CONDITIONS  what it is conditioned on: modules that put positions before the codes, or give a memory  --condition
+                that all blocks attend to
 
-Shapes: B batch, T text length, h w code grid, N = h*w, M codes of the shrunk picture, L = T+M+N, S positions at
-hand, D width, H heads, K head size, V vocabulary.
+A batch is a dict of tensors: "text" (B, T), "codes" (B, N), and what its conditions read.
+
+Shapes: B batch, T text length, P prefix length, h w code grid, N = h*w, L = P+N, S positions at hand, M memory length,
+D width, H heads, K head size, V vocabulary.
 """
 
+import math
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minit2i.attention import Layout
-from minit2i.blocks import Block, Head, Linear, init_weights, make_norm, pooled, rotary_tables
-from minit2i.fp16 import shrink_gradient
-from minit2i.masks import layer_masks
+from minit2i.attention import AttentionMask, Layout, attend, dense_attention, layer_masks
+from minit2i.config import Config, Group, at_least, between, merge, pick
+from minit2i.fp16 import ALPHA, Enter, Leave, PBLayerNorm, shrink_gradient
+
+HALF = Group("Half precision")
 
 
 @dataclass(frozen=True)
-class GPTConfig:
-    """What the prior is; stored in its checkpoint.  The plain fields come from tokenizer and text model."""
+class GPTConfig(Config):
+    """The prior's shape; stored in its checkpoint.  Plain fields come from tokenizer, text model or a paper's file."""
 
-    n_layer: Annotated[int, "transformer blocks"] = 6
-    n_head: Annotated[int, "attention heads"] = 8
-    n_embd: Annotated[int, "width"] = 256
-    text_len: Annotated[int, "text positions T, beginning and end mark included"] = 32
-    mask: Annotated[
-        str, "which positions see which: a name of masks.py, several that layers take in turn, dalle, or auto"
-    ] = "auto"
-    window: Annotated[int, "side of the crop that the window mask sees, in codes"] = 8
+    model: Annotated[str, "how it learns and samples"] = "gpt"
+    condition: Annotated[str, "what the codes are conditioned on; several joined by commas"] = "text"
+    n_layer: Annotated[int, "transformer blocks", at_least(1)] = 6
+    n_head: Annotated[int, "attention heads", at_least(1)] = 8
+    n_embd: Annotated[int, "width", at_least(1)] = 256
+    text_len: Annotated[int, "text positions T, begin and end tokens included", at_least(3)] = 32
+    mask: Annotated[str, "attention mask: a name (see MASKS), several that layers take in turn, or dalle"] = "causal"
     pos: Annotated[
-        str,
-        "positions: learned (text, row, column), 2-D rotary, or rotary along the sequence as language models have them",
+        str, "positions: learned (text, row + column), 2-D rotary, or rotary along the sequence",
         ("learned", "rotary", "sequence"),
-    ] = "learned"
-    norm: Annotated[str, "normalisation; PB-Relax: see fp16.py", ("layernorm", "rmsnorm", "pb_layernorm")] = "rmsnorm"
+    ] = "learned"  # fmt: skip
+    norm: Annotated[str, "normalisation (PB-Relax: see fp16.py)", ("layernorm", "rmsnorm", "pb_layernorm")] = "rmsnorm"
     mlp: Annotated[str, "feed-forward layer", ("gelu", "swiglu")] = "swiglu"
     qk_norm: Annotated[bool, "normalise queries and keys per head"] = True
-    pb_relax: Annotated[bool, "attention scores that float16 can hold (CogView's PB-Relax)"] = False
-    sandwich: Annotated[bool, "a norm after each branch, too (CogView's Sandwich-LN)"] = False
-    embed_grad: Annotated[float, "share of its gradient that the embedding gets; CogView: 0.1"] = 1.0
-    fp32_logits: Annotated[bool, "heads in float32 also under fp16 and bf16 (DALL-E)"] = False
-    n_encoder: Annotated[
-        int, "blocks of a text encoder that the n_layer decoder blocks look at (Parti); 0: caption and codes in one"
-    ] = 0
-    objective: Annotated[
-        str,
-        "what is learned: the next code, hidden ones, words alone, from a text file as --data (a language model), or "
-        "hidden words and which caption belongs to which picture (contrast.py: n_encoder and n_layer are its towers)",
-        ("causal", "masked", "text", "contrast"),
-    ] = "causal"
-    order: Annotated[str, "what the sequence begins with; image: a captioner", ("text", "image")] = "text"
-    low: Annotated[int, "super-resolution: the sequence also holds the picture's codes when shrunk so much; 0: not"] = 0
-    dropout: Annotated[float, "dropout on embeddings and on both branches of each block"] = 0.0
+    dropout: Annotated[float, "dropout on embeddings and residual branches", between(0, 1)] = 0.0
+    pb_relax: Annotated[bool, "attention scores that float16 can hold (CogView's PB-Relax)", HALF] = False
+    sandwich: Annotated[bool, "a second norm at the end of each branch (CogView's Sandwich-LN)", HALF] = False
+    embed_grad: Annotated[float, "share of the gradient that reaches the embedding (CogView: 0.1)", HALF,
+                          between(0, 1, open=True)] = 1.0  # fmt: skip
+    fp32_logits: Annotated[bool, "output layers in float32 even with fp16 and bf16 (DALL-E)", HALF] = False
     n_vocab: int = 0
     n_codes: int = 0
     grid_h: int = 0
     grid_w: int = 0
-    n_kv_head: int = 0  # heads of keys and values, each for several of queries; 0: as many
-    mlp_inner: int = 0  # width inside the feed-forward layer; 0: as usual for its kind
-    rope_base: float = 10000.0  # of --pos sequence
+    n_kv_head: int = 0  # heads of keys and values, each serving several query heads; 0: n_head
+    mlp_inner: int = 0  # width inside the feed-forward layer; 0: the usual one for its kind
+    rope_base: float = 10000.0  # of pos "sequence"
     norm_eps: float = 1e-6
-    n_states: int = 0  # width of a frozen text encoder's states, which stand in the place of text ids; 0: ids
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        head = self.n_embd // self.n_head
+        if self.pos == "rotary" and head % 4:
+            raise ValueError(f"2-D rotary positions need a head size that is a multiple of 4, not {head}")
+        if self.pos == "sequence" and head % 2:
+            raise ValueError(f"rotary positions need an even head size, not {head}")
+        if self.mlp == "swiglu" and not swiglu_inner(self):
+            raise ValueError(f"n_embd {self.n_embd} is too narrow for swiglu; use 7 or more, or --mlp gelu")
+        layer_masks(self.mask, self.n_layer)
 
     @property
     def n_image(self):
+        """Codes of an image, N."""
         return self.grid_h * self.grid_w
 
-    @property
-    def low_grid(self):
-        return (self.grid_h // self.low, self.grid_w // self.low) if self.low else (0, 0)
 
-    @property
-    def n_prefix(self):
-        """Positions before the codes: the text's, and those of the low-resolution codes."""
-        return self.text_len + self.low_grid[0] * self.low_grid[1]
-
-    @property
-    def length(self):
-        return self.n_prefix + self.n_image
-
-    @property
-    def sequence(self):
-        """The config of the sequence that codes stand in: behind the caption, or behind one begin mark."""
-        return replace(self, text_len=1) if self.n_encoder else self
-
-    @property
-    def text_loss(self):
-        """Whether text is predicted too: not if it has an encoder of its own, nor by a masked model."""
-        return not (self.n_encoder or self.n_states or self.objective == "masked")
-
-
-# The papers' sizes, and smaller ones: train_prior.py --model_size NAME; flags beside it win.  What comes from tokenizer and
-# text model (the last four) serves --plan only.
-
-_LARGE = dict(norm="layernorm", mlp="gelu", qk_norm=False, n_codes=8192, grid_h=32, grid_w=32)
-_PARTI = _LARGE | dict(text_len=128, mask="conv", n_vocab=16000)  # 2206.10789 sec. 3.1, table 1
+# Named sizes, for --model_size NAME; the papers' files add theirs.
 SIZES = {
     "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "small": dict(n_layer=6, n_head=8, n_embd=256),
     "base": dict(n_layer=12, n_head=12, n_embd=768),
     "large": dict(n_layer=24, n_head=16, n_embd=1024),
     "xl": dict(n_layer=24, n_head=16, n_embd=2048),
-    "dalle-12b": _LARGE  # 2102.12092 app. B.1
-    | dict(n_layer=64, n_head=62, n_embd=3968, text_len=256, mask="dalle", fp32_logits=True, n_vocab=16384),
-    "cogview-4b": _LARGE  # 2105.13290 sec. 2.2, 2.4
-    | dict(n_layer=48, n_head=40, n_embd=2560, text_len=64, n_vocab=50000)
-    | dict(norm="pb_layernorm", pb_relax=True, sandwich=True, embed_grad=0.1),
-    "parti-350m": _PARTI | dict(n_encoder=12, n_layer=12, n_head=16, n_embd=1024),
-    "parti-750m": _PARTI | dict(n_encoder=12, n_layer=36, n_head=16, n_embd=1024),
-    "parti-3b": _PARTI | dict(n_encoder=12, n_layer=36, n_head=32, n_embd=2048),
-    "parti-20b": _PARTI | dict(n_encoder=16, n_layer=64, n_head=64, n_embd=4096),
 }
 
 
-# --- the model -----------------------------------------------------------------------------------------
+# --- layers ----------------------------------------------------------------------------------------------
 
 
-class Encoder(nn.Module):
-    """The caption by itself, every position seeing all: (B, T, D) -> (B, T, D), normalised.  Parti, arXiv:2206.10789."""
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * gain over the last dimension, in float32.  arXiv:1910.07467 eq. 4."""
+
+    def __init__(self, width, eps):
+        super().__init__(width, eps)
+        self.register_buffer("eps_tensor", torch.tensor(eps), persistent=False)
+
+    def forward(self, x):
+        if torch.is_grad_enabled() or not x.is_cpu or x.dtype == torch.float64:
+            return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        # sampling on a CPU: half the time of F.rms_norm there (measured)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        mean_square = torch.addcmul(self.eps_tensor, norm, norm, value=1 / x.shape[-1])  # eps included
+        return (x * mean_square.rsqrt_()).mul_(self.weight).to(x.dtype)
+
+
+def layernorm(width, eps):
+    """nn.LayerNorm with its usual eps."""
+    return nn.LayerNorm(width)
+
+
+def pb_layernorm(width, eps):
+    """CogView's LayerNorm, see fp16.py."""
+    return PBLayerNorm(width)
+
+
+NORMS = {"layernorm": layernorm, "rmsnorm": RMSNorm, "pb_layernorm": pb_layernorm}
+
+
+def make_norm(cfg, width):
+    """The norm that cfg names, over the last dimension of size `width`."""
+    return NORMS[cfg.norm](width, cfg.norm_eps)
+
+
+def identity(x):
+    """In place of a norm or dropout that is off: calling an nn.Module for each code costs time."""
+    return x
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+
+class Head(Linear):
+    """Hidden states (B, S, D) -> logits (B, S, V), in float32 with cfg.fp32_logits."""
+
+    def __init__(self, cfg, n_out):
+        super().__init__(cfg.n_embd, n_out)
+        self.fp32 = cfg.fp32_logits
+
+    def forward(self, x):
+        if not self.fp32:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: turn each pair (x_i, x_{i+K/2}) of x (..., S, K); cos and sin (S, K/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: x (B, S, D) -> (B, S, D).  Grouped queries: arXiv:2305.13245 sec. 2.2."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.layout = Layout("none", replace(cfg, text_len=0, grid_h=1, grid_w=cfg.text_len, low=0))
-        if cfg.pos == "learned":
-            self.pos = nn.Parameter(torch.empty(cfg.text_len, cfg.n_embd))
-        else:
-            cos, sin = rotary_tables(cfg)
-            self.register_buffer("rope_cos", cos[: cfg.text_len], persistent=False)
-            self.register_buffer("rope_sin", sin[: cfg.text_len], persistent=False)
-        self.learned, self.drop = cfg.pos == "learned", nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_encoder))
-        self.norm = make_norm(cfg, cfg.n_embd)
+        self.n_head, self.n_kv = cfg.n_head, cfg.n_kv_head or cfg.n_head
+        self.head_size, self.alpha = cfg.n_embd // cfg.n_head, ALPHA if cfg.pb_relax else None
+        self.qkv = Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv) * self.head_size)
+        self.out = Linear(cfg.n_embd, cfg.n_embd)
+        self.qk_norm = cfg.qk_norm
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
 
-    def forward(self, x, scales):
-        """scales: of each block's gradients, or None."""
-        x = self.drop(x + self.pos if self.learned else x)
-        rope = None if self.learned else (self.rope_cos, self.rope_sin)
-        for i, block in enumerate(self.blocks):
-            x = block(x, self.layout, rope=rope, scale=None if scales is None else scales[i])
-        return self.norm(x)
+    def forward(self, x, mask, start, rope, kv):
+        """Positions start ... start+S-1, or the one in the tensor start (1,).  kv: this layer's cache (keys, values),
+        each (B, H, L, K), written here; None in training."""
+        b, s, d = x.shape
+        heads = self.qkv(x).reshape(b, s, -1, self.head_size).transpose(1, 2)  # (B, H + 2 n_kv, S, K)
+        q, k, v = heads.split((self.n_head, self.n_kv, self.n_kv), 1)
+        if self.qk_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rope is not None:
+            q, k = rotate(torch.cat([q, k], 1), *rope).split((self.n_head, self.n_kv), 1)
+        if isinstance(start, torch.Tensor):
+            k, v = (old.index_copy_(2, start, new) for old, new in zip(kv, (k, v)))
+        elif kv is not None:
+            kv[0].narrow(2, start, s).copy_(k), kv[1].narrow(2, start, s).copy_(v)
+            k, v = kv[0].narrow(2, 0, start + s), kv[1].narrow(2, 0, start + s)
+        if self.n_kv < self.n_head:
+            k, v = (x.repeat_interleave(self.n_head // self.n_kv, 1) for x in (k, v))
+        y = attend(q, k, v, mask, start, self.alpha)
+        return self.out(y.transpose(1, 2).reshape(b, s, d))
 
 
-def check(cfg):
-    """ValueError for sizes and choices that do not go together."""
-    for name, least in (("n_layer", 1), ("n_head", 1), ("n_embd", 1), ("n_encoder", 0)):
-        if getattr(cfg, name) < least:
-            raise ValueError(f"{name} {getattr(cfg, name)} is less than {least}")
-    if cfg.n_embd % cfg.n_head:
-        raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
-    if cfg.pos == "rotary" and cfg.n_embd // cfg.n_head % 4:
-        raise ValueError(f"2-D rotary positions need a head size that 4 divides, not {cfg.n_embd // cfg.n_head}")
-    if cfg.pos == "sequence" and cfg.n_embd // cfg.n_head % 2:
-        raise ValueError(f"rotary positions need an even head size, not {cfg.n_embd // cfg.n_head}")
-    if cfg.text_len < 3:
-        raise ValueError(f"text_len {cfg.text_len} has no room for a word between its two marks; use 3 or more")
-    if not 0 < cfg.embed_grad <= 1:
-        raise ValueError(f"embed_grad {cfg.embed_grad} is not a share in (0, 1]; use 1 for the whole gradient")
-    if cfg.window < 1:
-        raise ValueError(f"window {cfg.window} shows nothing; use 1 or more")
-    if cfg.low < 0 or cfg.low == 1 or cfg.low and (cfg.grid_h % cfg.low or cfg.grid_w % cfg.low):
-        raise ValueError(
-            f"low {cfg.low} does not shrink {cfg.grid_h}x{cfg.grid_w} codes; use a number from 2 that divides both, or 0"
+class CrossAttention(nn.Module):
+    """Attention to a memory: x (B, S, D), memory (B, M, D) -> (B, S, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.head_size, self.qk_norm, self.alpha = (
+            cfg.n_embd // cfg.n_head,
+            cfg.qk_norm,
+            ALPHA if cfg.pb_relax else None,
         )
-    masks = set(layer_masks(cfg))
-    if cfg.objective == "masked" and masks != {"none"}:
-        raise ValueError(f"a masked model sees all places, which mask {cfg.mask} does not; use --mask none")
-    if cfg.order == "image" and (masks != {"full"} or cfg.low or not cfg.text_loss):
-        raise ValueError("order image, a captioner, needs --mask full, --low 0 and no text encoder")
+        self.q, self.kv = Linear(cfg.n_embd, cfg.n_embd), Linear(cfg.n_embd, 2 * cfg.n_embd)
+        self.out = Linear(cfg.n_embd, cfg.n_embd)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
+
+    def forward(self, x, memory, kv):
+        """kv: this layer's cache; its third and fourth entry, the memory's keys and values (B, H, M, K), are written
+        here if memory is given, else read."""
+        q = self.q(x).unflatten(2, (-1, self.head_size)).transpose(1, 2)  # (B, H, S, K)
+        if memory is None:
+            k, v = kv[2:]
+        else:
+            k, v = self.kv(memory).unflatten(2, (2, -1, self.head_size)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, M, K)
+            k = self.k_norm(k).to(v.dtype) if self.qk_norm else k
+            if kv is not None:
+                kv[2].copy_(k), kv[3].copy_(v)
+        q = self.q_norm(q).to(v.dtype) if self.qk_norm else q
+        return self.out(dense_attention(q, k, v, alpha=self.alpha).transpose(1, 2).flatten(2))
 
 
-class GPT(nn.Module):
-    """Caption and codes as one sequence, one embedding, a head for each kind.
+def swiglu_inner(cfg):
+    """Width inside a SwiGLU that has as many weights as a GELU four times as wide."""
+    return cfg.mlp_inner or round(cfg.n_embd * 8 / 3 / 32) * 32
 
-    Token ids: text [0, n_vocab), pad of text position t: n_vocab + t, code c: n_vocab + T + c, the mask token last.
-    With n_encoder the caption goes through an encoder of its own, and the sequence is one begin mark and the codes;
-    every block then also looks at the encoder's states (Parti, arXiv:2206.10789 sec. 2.2).
+
+class MLP(nn.Module):
+    """x (B, S, D) -> (B, S, D): GELU four times as wide, or SwiGLU (arXiv:2002.05202) with as many weights."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.gated = cfg.mlp == "swiglu"
+        inner = swiglu_inner(cfg) if self.gated else cfg.mlp_inner or 4 * cfg.n_embd
+        self.up = Linear(cfg.n_embd, 2 * inner if self.gated else inner)
+        self.down = Linear(inner, cfg.n_embd)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, -1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.gelu(x, approximate="tanh"))
+
+
+class Residual(nn.Module):
+    """x + drop(after(f(norm(x)))), a pre-norm residual branch.
+
+    after: CogView's Sandwich-LN (sec. 2.4), else the identity.  gradient_scale: a tensor set by fp16.BlockScaler, or
+    None.
     """
 
+    def __init__(self, cfg, f):
+        super().__init__()
+        self.norm, self.f = make_norm(cfg, cfg.n_embd), f
+        self.after = make_norm(cfg, cfg.n_embd) if cfg.sandwich else identity
+        self.drop = nn.Dropout(cfg.dropout) if cfg.dropout else identity
+        self.gradient_scale = None
+
+    def forward(self, x, *inputs):
+        """inputs: further arguments of f."""
+        scale = self.gradient_scale
+        if scale is None:
+            return x + self.drop(self.after(self.f(self.norm(x), *inputs)))
+        inputs = [Enter.apply(t, scale) if torch.is_tensor(t) and t.requires_grad else t for t in inputs]
+        return x + Leave.apply(self.drop(self.after(self.f(self.norm(Enter.apply(x, scale)), *inputs))), scale)
+
+
+class Block(nn.Module):
+    """Transformer block: x (B, S, D) -> (B, S, D); cross: with attention to a memory (B, M, D)."""
+
+    def __init__(self, cfg, cross=False):
+        super().__init__()
+        self.attn, self.mlp = Residual(cfg, Attention(cfg)), Residual(cfg, MLP(cfg))
+        self.cross = Residual(cfg, CrossAttention(cfg)) if cross else None
+
+    def forward(self, x, mask, start=0, rope=None, kv=None, memory=None):
+        x = self.attn(x, mask, start, rope, kv)
+        if self.cross is not None:
+            x = self.cross(x, memory, kv)
+        return self.mlp(x)
+
+
+def init_weights(model, n_layer):
+    """GPT-2's initialisation: matrices with std 0.02, smaller where branches join the residual stream."""
+    for name, p in model.named_parameters():
+        if p.dim() >= 2:
+            joins = name.endswith(("f.out.weight", "f.down.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if joins else 0.02)
+
+
+# --- positions and conditions ----------------------------------------------------------------------------
+
+
+def rotary_tables(cfg, coordinates):
+    """cos, sin (L, K/2) of the angles by which each pair of a head turns.  RoPE, arXiv:2104.09864.
+
+    coordinates (L, 2): the row and column of each position, each turning half of the frequencies; with pos "sequence"
+    the position in the sequence turns all of them.
+    """
+    head = cfg.n_embd // cfg.n_head
+    if cfg.pos == "sequence":
+        frequency = cfg.rope_base ** (-torch.arange(head // 2).float() / (head // 2))
+        angle = torch.arange(len(coordinates)).float()[:, None] * frequency
+    else:
+        frequency = 100.0 ** (-torch.arange(head // 4).float() / (head // 4))  # base 100: grids are short
+        angle = (coordinates[..., None] * frequency).flatten(1)  # (L, K/2)
+    return angle.cos(), angle.sin()
+
+
+class GridPositions(nn.Module):
+    """Learned positions of the code grid (N, D): row + column (DALL-E)."""
+
     def __init__(self, cfg):
         super().__init__()
-        check(cfg)
-        masks, sequence = layer_masks(cfg), cfg.sequence
-        t, p = sequence.text_len, sequence.n_prefix
-        self.cfg, self.masked = cfg, cfg.objective == "masked"
-        self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes + self.masked, cfg.n_embd)
+        self.row = nn.Parameter(torch.empty(cfg.grid_h, 1, cfg.n_embd))
+        self.column = nn.Parameter(torch.empty(1, cfg.grid_w, cfg.n_embd))
+
+    def forward(self):
+        return (self.row + self.column).flatten(0, 1)
+
+
+class Condition(nn.Module):
+    """One thing that the codes are conditioned on; a prior may have several.
+
+    `length` positions stand before the codes, or `memory_length` states are attended to by all blocks.  A condition
+    that is another image's codes names them with `view`.
+    """
+
+    Config = None  # the dataclass of its settings
+    predicts_text = False  # whether a causal prior learns it, too
+    reads_captions = False  # whether it has a `reader`
+    window_plan = None  # see Prior; None: the model's
+    length = memory_length = 0
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+
+    @classmethod
+    def settle(cls, cfg):
+        """cfg with the fields that follow from the condition's settings; ValueError if they conflict."""
+        return cfg
+
+    @staticmethod
+    def reader(cfg, device, dtype=torch.float32):
+        """What turns captions into the batch's "text" in place of the checkpoint's SentencePiece model."""
+
+    @staticmethod
+    def view(cfg):
+        """None, or (key, (f, name)): the batch's `key` holds the codes of f(images (B, 3, H, W)); name: what f is."""
+
+    def prefix(self, batch, embed):
+        """-> (B, length, D); embed: token ids -> embeddings."""
+
+    def memory(self, batch, embed):
+        """-> (B, memory_length, D), or None."""
+
+    def learned_positions(self, grid):
+        """Learned positions of the prefix (length, D), given those of the code grid (N, D)."""
+        return self.pos
+
+    def coordinates(self, grid):
+        """Rows and columns of the prefix (length, 2) for 2-D rotary positions, given those of the codes (N, 2).
+
+        Default: on the diagonal before the grid's corner, as in M-RoPE, arXiv:2409.12191 sec. 2.1 (there image first).
+        """
+        return torch.arange(-self.length, 0).float()[:, None].expand(-1, 2)
+
+
+class TextPrefix(Condition):
+    """Caption ids before the codes, learned like them (DALL-E)."""
+
+    predicts_text = True
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.length = cfg.text_len
         if cfg.pos == "learned":
-            self.pos_text = nn.Parameter(torch.empty(sequence.text_len, cfg.n_embd))
-            self.pos_row = nn.Parameter(torch.empty(cfg.grid_h, 1, cfg.n_embd))
-            self.pos_column = nn.Parameter(torch.empty(1, cfg.grid_w, cfg.n_embd))
+            self.pos = nn.Parameter(torch.empty(cfg.text_len, cfg.n_embd))
+
+    def prefix(self, batch, embed):
+        return embed(batch["text"])
+
+
+CONDITIONS = {"text": TextPrefix}
+
+
+# --- the model -------------------------------------------------------------------------------------------
+
+
+class Prior(nn.Module):
+    """What the training script, the sampler and the experiments ask of any prior; a subclass answers what it can."""
+
+    Config = None  # the dataclass of its settings
+    Sampling = None  # the dataclass of its settings for sampling
+    learns_text = True  # whether it predicts captions where a condition lets it
+    data = None  # a function that loads other data than captioned images
+    n_shown = 2  # samples of each caption in a training run's grid
+    eval_batch = 0  # samples of a validation batch; 0: as many as a training step has
+    window_plan = "every_place"  # how it samples images larger than its grid: a name of sample.WINDOW_PLANS
+
+    @classmethod
+    def settle(cls, cfg):
+        """cfg with the fields that follow from the model's settings; ValueError if they conflict."""
+        return cfg
+
+    @staticmethod
+    def vocabulary(cfg):
+        """The SentencePiece model (bytes) that this prior must use; None: any."""
+        return None
+
+    @staticmethod
+    def hand_over(tensors, model):
+        """This class's tensors as the start of another prior (--init); ValueError if they cannot be."""
+        return resize_grid(tensors, model)
+
+    def check(self, text_weight):
+        """ValueError if it cannot learn as its settings say."""
+
+    def start(self):
+        """Load initial weights that the settings name."""
+
+    def saved(self, folder, text):
+        """Called on the first process after a checkpoint was written, with the text model."""
+
+    def corrupt(self, batch, seeds):
+        """The batch with what the model hides from itself in training, a pure function of each sample's seed."""
+        return batch
+
+    def forward(self, batch, train=False):
+        return self.loss(batch, train)
+
+    def loss(self, batch, train=False):
+        """-> {"text": (), "image": ()}: summed losses in nats, float32; sums, so that means can be taken over
+        gradient-accumulation steps and processes.  train: with what only training does (label smoothing)."""
+        raise NotImplementedError
+
+    def n_targets(self, batch):
+        """How many terms each loss of this batch has: {"text": (), "image": ()}."""
+        raise NotImplementedError
+
+    def evaluate(self, batch):
+        """-> {name: (sum, number of terms)}, for the means that the log shows of a validation batch."""
+        n = self.n_targets(batch)
+        return {f"{name}_loss": (total, n[name]) for name, total in self.loss(batch).items()}
+
+    def score(self, batch):
+        """How badly each image fits its caption (B,): the best has the least."""
+        raise ValueError(f"--model {self.cfg.model} gives no score to choose images by")
+
+    def generate(self, batch, empty, sampler, known=None, watch=None):
+        """-> codes (B, N), see GPT.generate."""
+        raise ValueError(f"--model {self.cfg.model} samples no images")
+
+    def write_captions(self, codes, sampler, begin, end):
+        """-> caption ids (B, T) of images."""
+        writers = [name for name, model in MODELS.items() if model.write_captions is not Prior.write_captions]
+        raise ValueError(f"--model {self.cfg.model} writes no captions; use --model {' or '.join(writers)}")
+
+    def sample(self, batch, empty, sampler, text):
+        """What a training run shows of itself: codes (B, N) and their captions (None: the batch's own); None:
+        nothing."""
+        return None
+
+
+class GPT(Prior):
+    """Prefix and codes as one sequence, one embedding table, an output layer for each kind.
+
+    Token ids: text [0, n_vocab), pad of text position t: n_vocab + t, code c: n_vocab + T + c, then n_extra_tokens.
+    """
+
+    n_extra_tokens = 0
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.masks = cfg, layer_masks(cfg.mask, cfg.n_layer)
+        self.conditions = nn.ModuleDict({name: CONDITIONS[name](cfg) for name in cfg.condition.split(",")})
+        conditions = self.conditions.values()
+        self.layout = Layout(sum(c.length for c in conditions), cfg.grid_h, cfg.grid_w)
+        self.memory_length = sum(c.memory_length for c in conditions)
+        self.predicts_text = self.learns_text and any(c.predicts_text for c in conditions)
+        self.window_plan = next((c.window_plan for c in conditions if c.window_plan), type(self).window_plan)
+        if cfg.pos == "learned":
+            self.grid = GridPositions(cfg)
         else:
-            cos, sin = rotary_tables(sequence)
-            if cfg.pos == "rotary":
-                cos, sin = (self.ordered(x[:t], x[t:p], x[p:]) for x in (cos, sin))
-            self.register_buffer("rope_cos", cos, persistent=False)
-            self.register_buffer("rope_sin", sin, persistent=False)
-        if cfg.low:
-            self.low = nn.Parameter(torch.zeros(cfg.n_embd))  # added to low-resolution codes, to tell them from others
-            at = torch.arange(sequence.length)
-            self.register_buffer("is_low", ((at >= t) & (at < p)).float()[:, None], persistent=False)  # (L, 1)
+            for name, table in zip(("cos", "sin"), self.rotary()):
+                self.register_buffer(name, table, persistent=False)
+        self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes + self.n_extra_tokens, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
-        if cfg.n_encoder:
-            self.encoder, self.begin = Encoder(cfg), nn.Parameter(torch.empty(1, 1, cfg.n_embd))
-        self.blocks = nn.ModuleList(Block(cfg, cross=cfg.n_encoder > 0) for _ in range(cfg.n_layer))
-        self.layouts = nn.ModuleDict({name: Layout(name, sequence) for name in sorted(set(masks))})
-        self.masks = masks  # of each layer, a key of layouts
-        self.text_ahead = any(layout.text_ahead for layout in self.layouts.values())
-        self.image_ahead = any(layout.image_ahead for layout in self.layouts.values())
+        self.blocks = nn.ModuleList(Block(cfg, cross=self.memory_length > 0) for _ in range(cfg.n_layer))
+        self.attention_masks = nn.ModuleDict({n: AttentionMask(n, self.layout) for n in sorted(set(self.masks))})
+        self.prefix_ahead = any(mask.prefix_ahead for mask in self.attention_masks.values())
+        self.codes_ahead = any(mask.codes_ahead for mask in self.attention_masks.values())
         self.norm = make_norm(cfg, cfg.n_embd)
-        if cfg.n_states:  # linear projection: Muse, arXiv:2301.00704 sec. 2.1
-            self.text_in = Linear(cfg.n_states, cfg.n_embd)
-        if cfg.text_loss:
+        if self.predicts_text:
             self.text_head = Head(cfg, cfg.n_vocab)
-        self.image_head = Head(cfg, cfg.n_codes)
-        self.step = None  # `trunk` for one position in a tensor, compiled, once `compile_step` was called
-        self.block_scales = None  # (n_encoder + n_layer,) of gradients, from a BlockScaler
+        if cfg.n_codes:
+            self.image_head = Head(cfg, cfg.n_codes)
+        self.compiled_trunk = None  # see compile_step
         init_weights(self, cfg.n_layer)
 
-    def ordered(self, text, low, codes):
-        """What belongs to text (T, ...), low-resolution codes (M, ...) and codes (N, ...), as the sequence has it."""
-        return torch.cat([text[:1], codes, text[1:]] if self.cfg.order == "image" else [text, low, codes])
+    # --- one pass
+
+    def arrange(self, prefix, codes):
+        """Embeddings, positions or coordinates of prefix (..., P, D) and codes (..., N, D) in sequence order."""
+        return torch.cat([prefix, codes], -2)
 
     def positions(self):
-        """Learned positions of the whole sequence (L, D): text, then row + column of each code (DALL-E)."""
-        grid = (self.pos_row + self.pos_column).flatten(0, 1)  # (N, D)
-        low = pooled(grid, self.cfg) if self.cfg.low else grid[:0]
-        return self.ordered(self.pos_text, low, grid)
+        """Learned positions of the whole sequence (L, D)."""
+        grid = self.grid()
+        return self.arrange(torch.cat([c.learned_positions(grid) for c in self.conditions.values() if c.length]), grid)
 
-    def embed(self, text):
-        """text (B, T) ids, or (B, T, W) states of a frozen encoder with zeros for pads -> (B, T, D).
+    def rotary(self):
+        """cos, sin (L, K/2) of the whole sequence."""
+        h, w = self.layout.grid_h, self.layout.grid_w
+        grid = torch.cartesian_prod(torch.arange(h).float(), torch.arange(w).float()).view(-1, 2)  # (N, 2)
+        before = torch.cat([c.coordinates(grid) for c in self.conditions.values() if c.length])
+        return rotary_tables(self.cfg, self.arrange(before, grid))
 
-        A pad is a token of its own for each position either way.
+    def embed(self, ids):
+        """Token ids (B, S) -> embeddings (B, S, D)."""
+        return shrink_gradient(self.embedding(ids), self.cfg.embed_grad)
+
+    def embed_codes(self, codes):
+        """codes (B, N) -> embeddings (B, N, D)."""
+        return self.embed(codes + self.cfg.n_vocab + self.cfg.text_len)
+
+    def condition(self, batch):
+        """-> prefix (B, P, D), memory (B, M, D) or None."""
+        conditions = self.conditions.values()
+        prefix = [c.prefix(batch, self.embed) for c in conditions if c.length]
+        memory = [c.memory(batch, self.embed) for c in conditions if c.memory_length]
+        return torch.cat(prefix, 1), torch.cat(memory, 1) if memory else None
+
+    def trunk(self, x, start=0, cache=None, memory=None):
+        """Embeddings (B, S, D) of positions start ... start+S-1, or of the one in the tensor start (1,) -> hidden
+        states.
+
+        memory is needed once: the cache keeps its keys and values.
         """
-        if not self.cfg.n_states:
-            return self.embedding(text)
-        pads = self.embedding.weight[self.cfg.n_vocab :][: text.shape[1]]  # (T, D)
-        return torch.where(text.any(-1, keepdim=True), self.text_in(text.to(self.text_in.weight.dtype)), pads)
-
-    def read(self, text):
-        """text, as `embed` takes it -> what stands before the codes (B, P, D), and the memory (B, T, D) or None."""
-        x = self.embed(text)
-        if not self.cfg.n_encoder:
-            return x, None
-        memory = self.encoder(shrink_gradient(x, self.cfg.embed_grad), self.block_scales)
-        return self.begin.expand(len(x), 1, -1), memory
-
-    def all_blocks(self):
-        """The encoder's blocks, if any, and the others."""
-        return [*(self.encoder.blocks if self.cfg.n_encoder else ()), *self.blocks]
-
-    def code_ids(self, codes):
-        """codes (B, N) -> token ids (B, N); a hidden code -1 is the mask token."""
-        if self.masked:
-            codes = torch.where(codes < 0, self.cfg.n_codes, codes)
-        return codes + self.cfg.n_vocab + self.cfg.text_len
-
-    def trunk(self, ids, start=0, cache=None, memory=None):
-        """Positions start ... start+S-1, or the one in the tensor start (1,) -> hidden states (B, S, D), normalised.
-
-        ids (B, S), or embedded already (B, S, D); memory (B, T, D) from the encoder, if any; the cache keeps it.
-        """
-        at = start if isinstance(start, torch.Tensor) else slice(start, start + ids.shape[1])
-        x = ids if ids.is_floating_point() else self.embedding(ids)  # (B, S, D)
-        x = shrink_gradient(x, self.cfg.embed_grad)
+        at = start if isinstance(start, torch.Tensor) else slice(start, start + x.shape[1])
         rope = None
         if self.cfg.pos == "learned":
-            table = self.positions() if cache is None else cache.positions
-            x = x + table[at]
+            x = x + (self.positions() if cache is None else cache.positions)[at]
         else:
-            rope = self.rope_cos[at], self.rope_sin[at]
-        if self.cfg.low:
-            x = x + self.low * self.is_low[at]
+            rope = self.cos[at], self.sin[at]
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             kv = None if cache is None else cache.kv[i]
-            scale = None if self.block_scales is None else self.block_scales[self.cfg.n_encoder + i]
-            x = block(x, self.layouts[self.masks[i]], start, rope, kv, scale, memory)
-        return self.norm(x)
+            x = block(x, self.attention_masks[self.masks[i]], start, rope, kv, memory)
+        return self.norm(x)  # (B, S, D)
 
-    def compile_step(self):
-        """Draw with torch.compile: on a CPU one graph for any part of the cache (`Cache.upto`), after one for the first, and
-        one more for other batches; on a GPU, where it has not been tried yet, one for the whole cache.
-        """
-        dynamic = None if self.embedding.weight.is_cpu else False
-        self.step = torch.compile(self.trunk, dynamic=dynamic, mode="reduce-overhead")
-
-    def logits(self, text, codes, low=None):
-        """text, as `embed` takes it, codes (B, N), low (B, M) -> text logits (B, T-1, V) for text 1...T-1, or None; image
-        logits (B, N, n_codes).
-
-        Masked: logits of all places themselves; a code -1 is hidden.  ValueError if the mask of a causal model shows
-        codes that are to be predicted.
-        """
-        if not self.masked:
-            self.check_causal()
-        if self.cfg.order == "image":
-            n, x = codes.shape[1], self.trunk(torch.cat([text[:, :1], self.code_ids(codes), text[:, 1:]], 1))
-            return self.text_head(x[:, n:-1]), self.image_head(x[:, :n])
-        before, memory = self.read(text)
-        t, p = before.shape[1], self.cfg.sequence.n_prefix
-        codes = codes if low is None else torch.cat([low, codes], 1)
-        x = torch.cat([before, self.embedding(self.code_ids(codes))], 1)  # (B, P+N, D); the last predicts nothing
-        x = self.trunk(x, memory=memory)
-        image_logits = self.image_head(x[:, p:] if self.masked else x[:, p - 1 : -1])
-        return self.text_head(x[:, : t - 1]) if self.cfg.text_loss else None, image_logits
+    def logits(self, batch):
+        """-> text logits (B, T-1, V) of text 1 ... T-1, or None; code logits (B, N, n_codes), each from the position
+        before."""
+        self.check_causal()
+        prefix, memory = self.condition(batch)
+        x = self.trunk(self.arrange(prefix, self.embed_codes(batch["codes"])), memory=memory)  # (B, L, D)
+        p, t = self.layout.n_prefix, self.cfg.text_len
+        return self.text_head(x[:, : t - 1]) if self.predicts_text else None, self.image_head(x[:, p - 1 : -1])
 
     def check_causal(self):
-        if self.image_ahead:
+        """ValueError if the mask shows a code what it should predict."""
+        if self.codes_ahead:
             raise ValueError(
-                f"mask {self.cfg.mask} shows a code those after it: codes one by one are neither learned nor drawn "
-                "with it; use a causal mask, or train a masked model (--objective masked)"
+                f"mask {self.cfg.mask} shows a code those after it: codes are neither learned nor sampled one by one "
+                "with it; use a causal mask, or a model that samples in parallel"
             )
 
-    def forward(self, text, codes, low=None, shown=None, smoothing=0.0):
-        """Training pass -> summed cross-entropies: text (), image (), in float32, in nats.
+    # --- learning
 
-        shown (B, N): for a masked model, the codes with -1 where hidden, which alone count.
-        Sums, so that the caller can average over all parts of a batch.
-        """
-        text_logits, image_logits = self.logits(text, codes if shown is None else shown, low)
-        target = codes if shown is None else codes.masked_fill(shown >= 0, -100)
-        image_loss = F.cross_entropy(
-            image_logits.flatten(0, 1).float(), target.flatten(), reduction="sum", label_smoothing=smoothing
-        )
-        if not self.cfg.text_loss:
-            return torch.zeros_like(image_loss), image_loss
-        target = self.text_targets(text).flatten()
-        return F.cross_entropy(text_logits.flatten(0, 1).float(), target, reduction="sum"), image_loss
+    def check(self, text_weight):
+        self.check_causal()
+        if self.prefix_ahead and text_weight and self.predicts_text:
+            raise ValueError(f"mask {self.cfg.mask} shows text what it should predict: it needs --text_weight 0")
+
+    def loss(self, batch, train=False):
+        """Cross-entropy of the codes and, where it is predicted, of the text up to its end token."""
+        text_logits, image_logits = self.logits(batch)
+        loss = {"image": cross_entropy(image_logits, batch["codes"])}
+        if self.predicts_text:
+            loss["text"] = cross_entropy(text_logits, self.text_targets(batch["text"]))
+        return loss
+
+    def n_targets(self, batch):
+        n = {"image": torch.tensor(batch["codes"].numel())}
+        return n | ({"text": (self.text_targets(batch["text"]) >= 0).sum()} if self.predicts_text else {})
 
     def text_targets(self, text):
-        """text (B, T) ids -> what is predicted of it (B, T-1): up to the end mark; -100 elsewhere, which is everywhere where
-        text sees itself ahead (prefix)."""
-        return text[:, 1:].masked_fill(text[:, 1:] >= (0 if self.text_ahead else self.cfg.n_vocab), -100)
+        """Text ids (B, T) -> targets (B, T-1): up to the end token, -100 for pads; all -100 if the mask shows text
+        ahead."""
+        known = 0 if self.prefix_ahead else self.cfg.n_vocab
+        return torch.where(text[:, 1:] < known, text[:, 1:], -100)
 
-    def n_text_targets(self, text):
-        """How many terms the text loss of this batch has."""
-        if not self.cfg.text_loss:
-            return torch.zeros((), dtype=torch.long, device=text.device)
-        return (self.text_targets(text) >= 0).sum()
+    @torch.inference_mode()
+    def score(self, batch):
+        """Mean loss of each image's codes, -log p(codes | condition) / N (B,), in nats: lower is likelier."""
+        return F.cross_entropy(self.logits(batch)[1].float().mT, batch["codes"], reduction="none").mean(1)
+
+    # --- sampling
+
+    def compile_step(self):
+        """Compile the step that samples a code.  On a CPU one dynamic graph serves every length (`Cache.upto`)."""
+        dynamic = None if self.embedding.weight.is_cpu else False
+        self.compiled_trunk = torch.compile(self.trunk, dynamic=dynamic, mode="reduce-overhead")
+
+    @torch.inference_mode()
+    def generate(self, batch, empty, sampler, known=None, watch=None):
+        """Sample codes one by one from a cache: -> codes (B, N).
+
+        batch: the conditions of P prompts (no "codes"); each gets B / P images, one for each of the sampler's seeds.
+        empty (T,): the text of the empty caption, for guidance.  known (B, N): given codes, -1 where to sample (a
+        code is conditioned on those before it only).  watch(codes): called after each code, with -1 where there is
+        none yet.
+        """
+        n_prompts, b, n_image = len(batch["text"]), len(sampler), self.layout.length - self.layout.n_prefix
+        p, device = self.layout.n_prefix, batch["text"].device
+        rows = torch.arange(n_prompts, device=device).repeat_interleave(b // n_prompts)  # (B,) the prompt of each image
+        codes = torch.full((b, n_image), -1, device=device) if known is None else known.clone()
+        given = codes >= 0
+        forced, free = given.any(0).tolist(), (~given.all(0)).nonzero().flatten().tolist()
+        first, stop = (free[0], free[-1] + 1) if free else (0, 0)
+        noise = sampler.uniform(n_image)  # (B, N)
+
+        if sampler.guided:  # the unconditional half follows
+            batch, rows = without_text(batch, empty), torch.cat([rows, rows + n_prompts])
+
+        def doubled(x):
+            return torch.cat([x, x]) if sampler.guided else x
+
+        prompts = Cache(self, len(batch["text"]), p)
+        prefix, memory = self.condition(batch)
+        hidden = self.trunk(prefix, 0, prompts, memory)[:, -1:][rows]  # (2B, 1, D): predicts code 0
+        cache = prompts.spread(self, rows, p + n_image - 1)  # a prompt is read once for all its images
+        if first:
+            hidden = self.trunk(self.embed_codes(doubled(codes[:, :first])), p, cache)[:, -1:]
+        places = torch.arange(p, p + n_image, device=device)
+        for i in range(first, stop):
+            u = (i + 1) / n_image
+            logits = sampler.guide(self.image_head(hidden)[:, 0].float(), u)  # (B, V)
+            code = sampler.pick(sampler.filter(logits), noise[:, i])
+            codes[:, i] = torch.where(given[:, i], codes[:, i], code) if forced[i] else code
+            if watch:
+                watch(codes)
+            if i + 1 < stop:
+                x = self.embed_codes(doubled(codes[:, i : i + 1]))
+                if self.compiled_trunk:
+                    hidden = self.compiled_trunk(x, places[i : i + 1], cache.upto(p + i + 1))
+                else:
+                    hidden = self.trunk(x, p + i, cache)
+        return codes
+
+    def sample(self, batch, empty, sampler, text):
+        return self.generate({k: v for k, v in batch.items() if k != "codes"}, empty, sampler), None
 
 
-def fit_grid(tensors, model):
-    """A model's tensors for another code grid, as finetuning to super-resolution needs: positions are interpolated.
+def without_text(batch, empty):
+    """A batch of conditions followed by the same without its captions: (P, ...) -> (2P, ...)."""
+    empty = empty.expand_as(batch["text"])
+    return {k: torch.cat([v, empty if k == "text" else v]) for k, v in batch.items()}
 
-    What the other model did not have keeps its start.
+
+def cross_entropy(logits, target, **how):
+    """Summed cross-entropy in nats: logits (..., V), target (...), -100 left out -> (), float32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum", **how)
+
+
+class Cache:
+    """Keys and values of each layer (B, H, L, K), and of a memory (B, H, M, K); and the table of learned positions."""
+
+    def __init__(self, model, batch, length):
+        model.check_causal()
+        cfg, weight, m = model.cfg, model.embedding.weight, model.memory_length
+        own, memory = (cfg.n_kv_head or cfg.n_head, length), (cfg.n_head, m)
+        shapes = (own, own, memory, memory) if m else (own, own)
+        size = cfg.n_embd // cfg.n_head
+        self.kv = [tuple(weight.new_zeros(batch, *shape, size) for shape in shapes) for _ in range(cfg.n_layer)]
+        self.positions = model.positions() if cfg.pos == "learned" else None
+        if weight.is_cuda:
+            for tensor in (t for layer in self.kv for t in layer):
+                torch._dynamo.mark_static_address(tensor)  # a compiled step may write to it within a CUDA graph
+
+    def spread(self, model, rows, length):
+        """A longer cache whose row b starts as this one's row rows[b]."""
+        new = Cache(model, len(rows), length)
+        for old_tensors, new_tensors in zip(self.kv, new.kv):
+            for old, fresh in zip(old_tensors, new_tensors):
+                fresh[:, :, : old.shape[2]] = old[rows]
+        return new
+
+    def upto(self, length):
+        """On a CPU this cache without what comes after the first `length` positions, in steps of 32: few shapes."""
+        if not self.kv[0][0].is_cpu:
+            return self
+        part, n = copy(self), -(-length // 32) * 32  # measured: 1.2 times as fast as steps of 128 for 16 images
+        part.kv = [(k[:, :, :n], v[:, :, :n], *memory) for k, v, *memory in self.kv]
+        return part
+
+
+def resize_grid(tensors, model):
+    """A prior's tensors for another code grid, as finetuning to larger images needs: learned positions are
+    interpolated.
+
+    What the other prior did not have keeps its initialisation.
     """
     own = model.state_dict()
-    fitted = {k: own[k] for k in ("low",) if k in own} | tensors
-    for name, axis in (("pos_row", 0), ("pos_column", 1)):
+    fitted = {k: v for k, v in own.items() if k.startswith("conditions.")} | tensors
+    for name, axis in (("grid.row", 0), ("grid.column", 1)):
         if name in fitted and name in own and fitted[name].shape != own[name].shape:
             line = fitted[name].squeeze(1 - axis).t()[None]  # (1, D, n)
             line = F.interpolate(line.float(), own[name].shape[axis], mode="linear", align_corners=False)
@@ -366,30 +721,26 @@ def fit_grid(tensors, model):
     return fitted
 
 
-class Cache:
-    """Keys and values of each layer, (B, H, L, K), and of the encoder's states, (B, H, T, K); and the position table."""
+MODELS = {"gpt": GPT}
 
-    def __init__(self, model, batch, length):
-        model.check_causal()
-        cfg, weight = model.cfg, model.embedding.weight
-        own, memory = (cfg.n_kv_head or cfg.n_head, length), (cfg.n_head, cfg.text_len)
-        shapes = (own, own, memory, memory) if cfg.n_encoder else (own, own)
-        size = cfg.n_embd // cfg.n_head
-        self.kv = [tuple(weight.new_zeros(batch, *shape, size) for shape in shapes) for _ in range(cfg.n_layer)]
-        self.positions = model.positions() if cfg.pos == "learned" else None
 
-    def spread(self, model, rows, length):
-        """A longer cache whose row b starts as this one's row rows[b]: a prompt is read once for all its pictures."""
-        new = Cache(model, len(rows), length)
-        for old_pair, new_pair in zip(self.kv, new.kv):
-            for old, fresh in zip(old_pair, new_pair):
-                fresh[:, :, : old.shape[2]] = old[rows]
-        return new
+def conditions_of(cfg):
+    """The classes of a prior's conditions."""
+    return [CONDITIONS[name] for name in cfg.condition.split(",")]
 
-    def upto(self, length):
-        """This cache, on a CPU without what comes after the first length positions, in steps of 32: a few shapes only."""
-        if not self.kv[0][0].is_cpu:
-            return self
-        part, n = copy(self), -(-length // 32) * 32  # measured: 1.2 times as fast as steps of 128 for 16 pictures
-        part.kv = [(k[:, :, :n], v[:, :, :n], *memory) for k, v, *memory in self.kv]
-        return part
+
+def prior_config(settings):
+    """Flat settings -> (the model's class, its config with the fields of model and conditions, dependent ones filled
+    in)."""
+    plain = pick(GPTConfig, settings)
+    model, parts = MODELS[plain.model], [MODELS[plain.model], *conditions_of(plain)]
+    cfg = pick(merge(GPTConfig, *(part.Config for part in parts)), settings)
+    for part in parts:
+        cfg = part.settle(cfg)
+    return model, cfg
+
+
+def build_prior(settings):
+    """Flat settings, as in config.json -> the prior, randomly initialised."""
+    model, cfg = prior_config(settings)
+    return model(cfg)

@@ -1,383 +1,347 @@
-"""Decoding: a trained prior and its tokenizer turn prompts into pictures, or pictures into captions.
+"""Sampling: a trained prior and its tokenizer turn prompts into images, or images into captions.
 
-The cached loop is written once, in `generate`; masked priors draw in masked.py; filters.py has what lies between
-logits and a code; windows.py moves a prior over pictures larger than its grid.
+    prompts (P) --Text--> ids (P, T) --model.generate--> codes (P*n, h, w) --VQ.decode--> images (P*n, 3, H, W)
 
-Shapes: P prompts, n pictures of each, B = P*n, T text length, h w code grid, N = h*w, M codes of a smaller
-picture (super-resolution), V codes.
+The loop over codes belongs to the model: one code at a time in gpt.py, all in a few steps in papers/muse.py.  Both hand
+their logits to a `Sampler`: classifier-free guidance, filters, and a random generator for each image.  `Pipeline` joins
+all parts; sample_cli.py is the command line.
+
+Shapes: P prompts, n images per prompt, B = P*n, T text length, h w code grid, N = h*w, V codebook size.
 """
 
-import hashlib
 import math
-import time
+import runpy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from minit2i.backbones import shrink
-from minit2i.checkpoint import load_model, read_config
-from minit2i.contrast import Contrast, mismatch
-from minit2i.filters import SCHEDULES, draw, filtered, guide, scheduled
-from minit2i.flags import pick
-from minit2i.gpt import GPT, Cache, GPTConfig
-from minit2i.masked import unmask
-from minit2i.t5 import T5Text, folder_hash
+from minit2i.checkpoint import file_hash, load_model, load_vq, read_config
+from minit2i.config import Config, at_least, between, merge, pick
+from minit2i.gpt import CONDITIONS, MODELS, build_prior
 from minit2i.tokens import Text
-from minit2i.vq import VQ, VQConfig
-from minit2i.windows import centre_outward, every_place, slide
+from minit2i.vq import shrink
 
-PRETRAINED = Path(__file__).parent / "pretrained"  # the small prior that ships
+SHIPPED = Path(__file__).parent / "pretrained"  # a folder for each model that ships
+PRETRAINED = SHIPPED / "scenes"
+
+SCHEDULES = {  # guidance when the fraction u in (0, 1] of an image is sampled; 1 is neutral
+    "constant": lambda scale, u: scale,
+    "rising": lambda scale, u: 1 + (scale - 1) * u,
+    "falling": lambda scale, u: 1 + (scale - 1) * (1 - u),
+}
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """How codes are drawn; every value is written into the pictures."""
+class SampleConfig(Config):
+    """Sampling settings.  They are written into every PNG; a model may add its own (masked models: steps)."""
 
-    n: Annotated[int, "pictures of each prompt"] = 4
-    cfg_scale: Annotated[float, "guidance: 1 follows the caption as trained, more follows it harder"] = 2.5
-    cfg_schedule: Annotated[
-        str, "guidance over the codes or steps: all of it throughout, or from 1 or to 1", tuple(SCHEDULES)
-    ] = "rising"
-    temperature: Annotated[float, "below 1 safer, above 1 more varied; 0 always takes the likeliest code"] = 0.8
-    temperature_schedule: Annotated[str, "the same over the codes, from 1 or to 1", tuple(SCHEDULES)] = "constant"
-    top_k: Annotated[int, "draw from the k likeliest codes; 0: from all"] = 0
-    top_p: Annotated[float, "draw from the likeliest codes that hold this much probability"] = 0.9
-    min_p: Annotated[float, "draw from the codes at least this many times as likely as the likeliest"] = 0.0
-    steps: Annotated[int, "masked priors: steps that a picture is drawn in"] = 24
-    choice_noise: Annotated[float, "masked priors: Gumbel noise, falling to 0, on which codes a step keeps"] = 4.5
-    seed: Annotated[int, "picture i of prompt k (both from 0) is drawn with seed + k n + i"] = 0
+    group = "Sampling"
 
-    def __post_init__(self):
-        for name, least in dict(n=1, steps=1, temperature=0, top_k=0, cfg_scale=0, choice_noise=0).items():
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)} is not a number from {least} on")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is not in (0, 1]; use 1 for all codes")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p {self.min_p} is not in [0, 1]; use 0 for all codes")
+    n: Annotated[int, "images per prompt", at_least(1)] = 4
+    cfg_scale: Annotated[float, "classifier-free guidance: 1 none, more follows the prompt harder", at_least(0)] = 2.5
+    cfg_schedule: Annotated[str, "guidance over the codes: constant, from 1, or to 1", tuple(SCHEDULES)] = "rising"
+    temperature: Annotated[float, "below 1 safer, above 1 more varied; 0 takes the likeliest code", at_least(0)] = 0.8
+    top_k: Annotated[int, "keep the k likeliest codes; 0 keeps all", at_least(0)] = 0
+    top_p: Annotated[float, "keep the likeliest codes that hold this probability", between(0, 1, open=True)] = 0.9
+    min_p: Annotated[float, "drop codes less than this times as likely as the likeliest", between(0, 1)] = 0.0
+    seed: Annotated[int, "image i of prompt k (both from 0) has seed + k n + i"] = 0
 
 
-# --- the loop ----------------------------------------------------------------------------------------
+# --- from logits to a code -----------------------------------------------------------------------------
 
 
-def picture_noise(seeds, n, device):
-    """Uniform numbers (n, B) for n draws of each picture, a column from each of B seeds."""
-    noise = [torch.rand(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(noise).to(device).t().contiguous()
+def guide(conditional, unconditional, scale):
+    """Classifier-free guidance, arXiv:2207.12598 eq. 6 with scale = 1 + w."""
+    return unconditional + scale * (conditional - unconditional)
 
 
-@torch.inference_mode()
-def generate(model, text, empty, cfg, known=None, low=None, watch=None, seeds=None):
-    """Draw codes for P prompts, cfg.n pictures each, one code at a time.
+def temperature(logits, t):
+    """Divide by the temperature; 0 keeps only the likeliest code."""
+    return top_k(logits, 1) if t == 0 else logits if t == 1 else logits / t
 
-    text (P, T) ids, or (P, T, W) states; empty (T,) ids of the empty caption, or its states, for guidance; known (P*n, N)
-    codes that are given, -1 where to draw (a code sees those before it only); low (P*n, M) codes of the smaller
-    pictures -> codes (P*n, N).  watch(codes): called after each code, with -1 where there is none yet.
-    seeds: of the P*n pictures, which are what they are whatever else is in the batch; else cfg.seed and those that follow.
+
+def top_k(logits, k):
+    """Keep the k likeliest codes (and ties with the last of them); k 0 keeps all."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    least = logits.topk(k).values[..., -1:]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def top_p(logits, p):
+    """Keep the fewest likeliest codes whose probabilities reach p.  Nucleus sampling, arXiv:1904.09751 sec. 3.1."""
+    if p >= 1:
+        return logits
+    ordered, index = logits.sort(descending=True)
+    probability = ordered.softmax(-1)
+    out = probability.cumsum(-1) - probability >= p  # the likelier codes already reach p
+    return logits.masked_fill(out.scatter(-1, index, out), -torch.inf)
+
+
+def min_p(logits, p):
+    """Drop codes less than p times as likely as the likeliest.  arXiv:2407.01082 sec. 3."""
+    if p <= 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -torch.inf)
+
+
+FILTERS = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}  # applied in this order
+
+
+def sample_code(logits, uniform):
+    """Sample from softmax(logits) by inverting the CDF: logits (..., V), uniform (...) in [0, 1) -> codes (...).
+
+    A row with NaN or +Inf gives V, which is no code.
     """
-    c, device, guided = model.cfg, text.device, cfg.cfg_scale != 1
-    b, t, p, n_image = len(text) * cfg.n, c.sequence.text_len, c.sequence.n_prefix, c.n_image
-    noise = picture_noise(seeds or range(cfg.seed, cfg.seed + b), n_image, device)  # (N, B)
-    codes = torch.full((b, n_image), -1, device=device) if known is None else known.clone()
-    given = codes >= 0
-    forced, free = given.any(0).tolist(), (~given.all(0)).nonzero().flatten().tolist()
-    m, stop = (free[0], free[-1] + 1) if free else (0, 0)
-    both = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)  # the unconditional half follows
+    cdf = logits.float().softmax(-1).cumsum(-1)
+    u = uniform[..., None] * cdf[..., -1:] * (1 - 1e-6)  # below the last value: no code of probability 0
+    return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
-    rows = torch.arange(len(text), device=device).repeat_interleave(cfg.n)  # (B,) the prompt of each picture
-    if guided:
-        text = torch.cat([text, empty[None]])
-        rows = torch.cat([rows, rows.new_full((b,), len(text) - 1)])  # (2B,)
-    prompt_cache = Cache(model, len(text), t)
-    begin, memory = model.read(text)
-    hidden = model.trunk(begin, 0, prompt_cache, memory)[:, -1:][rows]  # (2B, 1, D): predicts code 0
-    cache = prompt_cache.spread(model, rows, p + n_image - 1)
-    before = torch.cat([codes[:, :0] if low is None else low, codes[:, :m]], 1)  # (B, M+m)
-    if before.shape[1] and stop:
-        hidden = model.trunk(model.code_ids(both(before)), t, cache)[:, -1:]
-    places = torch.arange(p, p + n_image, device=device)
-    for i in range(m, stop):
-        logits, u = model.image_head(hidden)[:, 0].float(), (i + 1) / n_image  # (2B, V)
-        if guided:
-            logits = guide(*logits.chunk(2), scheduled(cfg.cfg_scale, cfg.cfg_schedule, u))
-        code = draw(filtered(logits, cfg, u), noise[i])
-        codes[:, i] = torch.where(given[:, i], codes[:, i], code) if forced[i] else code
+
+class Sampler:
+    """Guidance, filters and random numbers of a batch of images.  Models call it between logits and codes.
+
+    seeds: one for each image, which has its own generator: an image does not depend on the rest of its batch.
+    """
+
+    def __init__(self, cfg, seeds, device="cpu"):
+        self.cfg, self.device, self.guided = cfg, device, cfg.cfg_scale != 1
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def __len__(self):
+        """B images."""
+        return len(self.generators)
+
+    def uniform(self, *shape):
+        """The next uniform numbers of each image: (B, *shape) in [0, 1)."""
+        return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(self.device)
+
+    def guide(self, logits, u):
+        """Conditional, then unconditional logits (2B, ...) -> guided (B, ...), float32; as they are if not `guided`."""
+        scale = SCHEDULES[self.cfg.cfg_schedule](self.cfg.cfg_scale, u)
+        return guide(*logits.float().chunk(2), scale) if self.guided else logits.float()
+
+    def filter(self, logits):
+        """logits (..., V) -> the same with temperature, top_k, top_p and min_p applied."""
+        for name, f in FILTERS.items():
+            logits = f(logits, getattr(self.cfg, name))
+        return logits
+
+    def pick(self, logits, uniform):
+        """`sample_code`, but NaN and Inf are left to `check`: raising here would wait for the GPU at each code."""
+        codes, last = sample_code(logits, uniform), logits.shape[-1] - 1
+        self.finite = self.finite & (codes <= last).all()
+        return codes.clamp_max(last)
+
+    def check(self):
+        """ValueError if any logits were NaN or Inf."""
+        if not self.finite:
+            raise ValueError(
+                f"logits are NaN or Inf: cfg_scale {self.cfg.cfg_scale} or temperature {self.cfg.temperature} is too "
+                "extreme, or training has diverged; try --cfg_scale 1, or an earlier checkpoint"
+            )
+
+
+# --- images larger than the model's grid ---------------------------------------------------------------
+
+# Name -> f(grid (H, W), window (h, w), step) -> [(top, left, place)], windows in order; place (row, column): the one
+# code that is sampled there, None: all.  A model's `window_plan` names its own.  Filled by papers/taming, cogview.
+WINDOW_PLANS = {}
+
+
+def slide(sample, codes, window, plan, watch=None):
+    """codes (B, H, W) with -1 where to sample -> all sampled, in windows (h, w) at the plan's places.
+
+    sample(part (B, h, w), k, top, left) -> part with its -1 sampled, in window k of the plan.
+    watch(codes): called after each window.
+    """
+    codes, (h, w) = codes.clone(), window
+    for k, (top, left, place) in enumerate(plan):
+        part = codes[:, top : top + h, left : left + w]
+        if place is not None:  # codes later in raster order are not read: any value does
+            row, column = place
+            part = part.clamp_min(0)
+            part[:, row, column] = codes[:, top + row, left + column]
+        if (part < 0).any():
+            sampled = sample(part, k, top, left)
+            if place is None:
+                codes[:, top : top + h, left : left + w] = sampled
+            else:
+                codes[:, top + row, left + column] = sampled[:, row, column]
         if watch:
             watch(codes)
-        if i + 1 < stop:
-            ids = both(model.code_ids(codes[:, i : i + 1]))
-            if model.step:
-                hidden = model.step(ids, places[i : i + 1], cache.upto(p + i + 1))
-            else:
-                hidden = model.trunk(ids, p + i, cache)
     return codes
 
 
-def draw_codes(model, text, empty, cfg, known=None, low=None, watch=None, seeds=None):
-    """`generate`, or for a masked prior `masked.unmask`."""
-    loop = unmask if model.cfg.objective == "masked" else generate
-    return loop(model, text, empty, cfg, known, low, watch, seeds)
+# --- a checkpoint folder, ready to sample ----------------------------------------------------------------
 
 
-# --- captions and scores -----------------------------------------------------------------------------
+def find_model(name):
+    """A checkpoint folder, or the name of a model that ships -> its folder."""
+    return SHIPPED / name if not Path(name, "config.json").exists() and (SHIPPED / name).is_dir() else Path(name)
 
 
-@torch.inference_mode()
-def write_captions(model, codes, bos, eos, cfg):
-    """A captioner (--order image) reads codes (P, N) -> ids (P*n, T), pads after the end mark."""
-    t, b, n_image = model.cfg.text_len, len(codes) * cfg.n, codes.shape[1]
-    noise = picture_noise(range(cfg.seed, cfg.seed + b), t, codes.device)
-    rows = torch.arange(len(codes), device=codes.device).repeat_interleave(cfg.n)
-    cache = Cache(model, len(codes), 1 + n_image)
-    start = torch.cat([torch.full_like(codes[:, :1], bos), model.code_ids(codes)], 1)
-    hidden = model.trunk(start, 0, cache)[:, -1:][rows]
-    cache = cache.spread(model, rows, n_image + t - 1)
-    ids = (model.cfg.n_vocab + torch.arange(t, device=codes.device)).repeat(b, 1)  # pads
-    ids[:, 0], done = bos, torch.zeros(b, dtype=torch.bool, device=codes.device)
-    for i in range(1, t):
-        token = draw(filtered(model.text_head(hidden)[:, 0].float(), cfg, i / t), noise[i])
-        ids[:, i] = torch.where(done, ids[:, i], token)
-        done |= token == eos
-        if done.all() or i + 1 == t:
-            break
-        hidden = model.trunk(ids[:, i : i + 1], n_image + i, cache)
-    return ids
+def sample_settings(*configs):
+    """The SampleConfig class with the extra settings of the models that these config.json dicts describe."""
+    if wrong := [c for c in configs if c.get("kind") != "prior"]:
+        raise ValueError(f"the folder holds a {wrong[0].get('kind')}, not a prior; train_prior.py makes one")
+    return merge(SampleConfig, *(MODELS[c["model"]["model"]].Sampling for c in configs))
 
 
-@torch.inference_mode()
-def text_loss(model, text, codes):
-    """CapLoss with a captioner: mean loss of each picture's caption tokens, text (B, T), codes (B, N) -> (B,) nats.
-
-    CogView, arXiv:2105.13290 sec. 3.2 (the mean over tokens, not the sum).
-    """
-    target = model.text_targets(text)
-    loss = F.cross_entropy(model.logits(text, codes)[0].float().mT, target, reduction="none")  # (B, T-1)
-    return loss.sum(1) / (target >= 0).sum(1).clamp_min(1)
+def load_text(folder, cfg, device="cpu"):
+    """The reader of a prior's captions: its condition's (a frozen T5), or the folder's SentencePiece model."""
+    for name in cfg.condition.split(","):
+        if reader := CONDITIONS[name].reader(cfg, device):
+            return reader
+    return Text(Path(folder, "text.model").read_bytes(), cfg.text_len)
 
 
-@torch.inference_mode()
-def image_loss(model, text, codes, low=None):
-    """Mean loss of each picture's codes under a causal prior, -log p(codes | text) / N: (B,) nats."""
-    return F.cross_entropy(model.logits(text, codes, low)[1].float().mT, codes, reduction="none").mean(1)
-
-
-# --- a prior with all that belongs to it ---------------------------------------------------------------
-
-
-def file_hash(path):
-    """The first 16 digits of a file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def load_vq(folder, device="cpu"):
-    """A tokenizer's checkpoint folder -> VQ, frozen, which knows its weights' hash; ValueError if it is none."""
-    config = read_config(folder)
-    if config.get("kind") != "vq":
-        raise ValueError(f"{folder} is not a tokenizer; train_vq.py makes one")
-    vq = load_model(folder, VQ(pick(VQConfig, config["model"]))).to(device).requires_grad_(False)
-    vq.hash = file_hash(Path(folder, "model.safetensors"))
+def load_decoder(folder, own, device):
+    """The tokenizer in `folder`, to decode the codes of the tokenizer `own`; ValueError if its codes are others."""
+    vq = load_vq(folder, device)
+    a, b = own.state_dict(), vq.state_dict()
+    fixed = [k for k in a if k.startswith(("encoder.", "quantizer.codebook"))]  # fsq has no codebook of its own
+    if not all(k in b and a[k].shape == b[k].shape and a[k].allclose(b[k], 1e-2, 1e-3) for k in fixed):  # or float16
+        raise ValueError(f"--vq {folder} has other codes than this prior's tokenizer; use one finetuned from it")
     return vq
 
 
-def load_text(folder, config, device):
-    """What reads the captions of the prior in `folder`: its own text model, or the frozen encoder it was trained with."""
-    length, encoder = config["model"]["text_len"], config.get("text_encoder")
-    if not encoder:
-        return Text(Path(folder, "text.model").read_bytes(), length)
-    if not Path(encoder["folder"], "config.json").exists() or folder_hash(encoder["folder"]) != encoder["hash"]:
-        raise ValueError(
-            f"{folder} reads its captions with the text encoder {encoder['hash']}, which is not in {encoder['folder']}; "
-            "put it there, or name its folder under text_encoder in config.json"
-        )
-    return T5Text(encoder["folder"], length, device)
+class Pipeline:
+    """A prior's checkpoint folder, ready to sample.
 
+    model, vq, text: the prior, its tokenizer, its caption reader; grid (h, w) and size (H, W) of its images; hash of
+    its weights, vq_hash of its own tokenizer's; sampling: SampleConfig of class defaults and the config's "sampling".
+    """
 
-class Painter:
-    """A prior's checkpoint folder, ready to draw: its tokenizer, its text model, its sizes."""
+    def __init__(self, folder, device="cpu", dtype=torch.float32, vq="", compile=False):
+        """folder: a checkpoint, or a shipped model's name; dtype: of the prior's weights; vq: folder of another decoder
+        of the same codes, finetuned or enlarging; compile: compile the loop over codes: pays for many images."""
+        folder, self.device = find_model(folder), torch.device(device)
+        self.config = read_config(folder)
+        settings = sample_settings(self.config)
+        self.model = load_model(folder, build_prior(self.config["model"])).to(self.device, dtype).requires_grad_(False)
+        if compile:
+            self.model.compile_step()
+        self.vq = load_vq(folder / "vq", self.device)
+        self.vq_hash = self.vq.hash
+        self.vq = load_decoder(vq, self.vq, self.device) if vq else self.vq
+        self.text = load_text(folder, self.model.cfg, self.device)
+        self.hash = file_hash(folder / "model.safetensors")
+        self.grid = self.model.cfg.grid_h, self.model.cfg.grid_w
+        self.size = tuple(side * self.vq.cfg.stride for side in self.grid)
+        self.shrink = getattr(self.model.cfg, "shrink", 0)  # a super-resolution prior: its factor
+        self.sampling = pick(settings, self.config.get("sampling", {}))
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32, vq="", kind="prior", compiled=False):
-        """vq: a folder whose decoder is used instead: a finetuned or enlarging one of the same codes.
-
-        compiled: drawing code by code is compiled, which pays for many pictures.
-        kind "contrast": two towers, which score pictures and draw none.
-        """
-        config = read_config(folder)
-        if config.get("kind") != kind:
-            what = "not a prior" if kind == "prior" else "no pair of towers (--objective contrast)"
-            raise ValueError(f"{folder} is {what}; train_prior.py makes one")
-        self.config, self.device = config, torch.device(device)
-        model = (GPT if kind == "prior" else Contrast)(pick(GPTConfig, config["model"]))
-        self.prior = load_model(folder, model).to(self.device, dtype).requires_grad_(False)
-        if compiled and kind == "prior":
-            self.prior.compile_step()
-        self.vq = load_vq(Path(folder, "vq"), self.device)
-        own, self.vq_hash = self.vq.state_dict(), self.vq.hash
-        if vq:
-            self.vq = load_vq(vq, self.device)
-            other = self.vq.state_dict()
-
-            def same(a, b):  # float16 copies pass
-                return b is not None and a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-3)
-
-            stays = ("encoder.", "quantizer.codebook")  # the latter alone is alike in all of fsq
-            if not all(same(v, other.get(k)) for k, v in own.items() if k.startswith(stays)):
-                raise ValueError(f"the codes of {vq} are not those of {folder}; use one finetuned from its tokenizer")
-        self.text = load_text(folder, config, self.device)
-        self.hash = file_hash(Path(folder, "model.safetensors"))
-        self.size = tuple(s * self.vq.cfg.stride for s in (self.prior.cfg.grid_h, self.prior.cfg.grid_w))
-
-    def ids(self, prompts):
-        """prompts -> ids (P, T), or states (P, T, W)."""
+    def encode_prompts(self, prompts):
+        """prompts -> ids (P, T), or a frozen encoder's states (P, T, W)."""
         return torch.stack([self.text.encode(prompt) for prompt in prompts]).to(self.device)
 
-    def codes(self, prompts, cfg, known=None, low=None, watch=None, seeds=None):
-        """Draw codes: all pictures of a prompt, then the next prompt's -> (P*n, h, w).
+    def sample_codes(self, prompts, cfg, known=None, coarse=None, watch=None, seeds=None):
+        """Sample codes: all images of a prompt, then the next prompt's -> (P*n, h, w).
 
-        known (P*n, h, w), -1 where to draw; its grid may be larger than the prior's.  low (P*n, h/f, w/f): the codes of
-        the smaller pictures, for a prior that enlarges f times.  seeds as in `generate`.  ValueError if the sizes do not fit.
+        known (P*n, h, w): given codes, -1 where to sample; its grid may be larger than the model's.  coarse
+        (P*n, h/f, w/f): codes of the smaller images, for a super-resolution prior.  watch(codes): called as they grow.
+        seeds: of the P*n images, default cfg.seed and those after it.  ValueError if the sizes do not fit.
         """
-        c, b = self.prior.cfg, len(prompts) * cfg.n
-        own, f = (c.grid_h, c.grid_w), c.low
-        if c.order == "image":
-            raise ValueError("this prior is a captioner (--order image), which draws no pictures")
-        if bool(f) != (low is not None):
-            raise ValueError(
-                "this prior enlarges pictures: give it one (sample.py --enlarge)"
-                if f
-                else "this prior does not enlarge pictures"
-            )
+        b, own, f = len(prompts) * cfg.n, self.grid, self.shrink
+        if bool(f) != (coarse is not None):
+            need = "enlarges images: give it with --enlarge, beside the --model" if f else "does not enlarge images"
+            raise ValueError(f"this prior {need} (--condition text,coarse trains one that does)")
         if known is None:
-            grid = own if low is None else (f * low.shape[1], f * low.shape[2])
+            grid = own if coarse is None else (f * coarse.shape[1], f * coarse.shape[2])
             known = torch.full((b, *grid), -1, device=self.device)
-        grid, ids, empty = tuple(known.shape[1:]), self.ids(prompts), self.ids([""])[0]
-        if grid[0] < own[0] or grid[1] < own[1]:
-            raise ValueError(f"{grid[0]}x{grid[1]} codes are fewer than the {own[0]}x{own[1]} this prior draws")
-        if f and (grid[0] % f or grid[1] % f):
-            raise ValueError(f"{grid[0]}x{grid[1]} codes are not a multiple of {f}, the factor this prior enlarges by")
-        seeds = seeds or range(cfg.seed, cfg.seed + b)
+        grid, step = tuple(known.shape[1:]), f or 1
+        if grid[0] < own[0] or grid[1] < own[1] or grid[0] % step or grid[1] % step:
+            raise ValueError(f"{grid} codes must be at least the prior's {own}, and multiples of {step}")
+        seeds = range(cfg.seed, cfg.seed + b) if seeds is None else seeds
+        text, empty = self.encode_prompts(prompts), self.encode_prompts([""])[0]
 
-        def window(part, k, top, left):
-            small = None
-            if f:
-                small = low[:, top // f : (top + own[0]) // f, left // f : (left + own[1]) // f].flatten(1)
-            own_seeds = [s + 1_000_003 * k for s in seeds]  # noise of its own for each window
-            alone = None if grid != own or watch is None else lambda codes: watch(codes.view(-1, *own))
-            codes = draw_codes(self.prior, ids, empty, cfg, part.flatten(1), small, alone, own_seeds)
+        def sample(part, k=0, top=0, left=0, watch=None):
+            """Window k, at (top, left): part (B, h, w) with -1 where to sample -> (B, h, w)."""
+            sampler = Sampler(cfg, [seed + 1_000_003 * k for seed in seeds], self.device)  # noise of its own
+            batch = {"text": text}
+            if f:  # each image has a condition of its own
+                window = coarse[:, top // f : (top + own[0]) // f, left // f : (left + own[1]) // f]
+                batch = {"text": text.repeat_interleave(cfg.n, 0), "coarse": window.flatten(1)}  # (B, T), (B, M)
+            grown = watch and (lambda codes: watch(codes.view(-1, *own)))
+            codes = self.model.generate(batch, empty, sampler, known=part.flatten(1), watch=grown)  # (B, N)
+            sampler.check()
             return codes.view(-1, *own)
 
         if grid == own:
-            return window(known, 0, 0, 0)
-        causal = c.objective == "causal" and not f
-        plan = every_place(grid, own) if causal else centre_outward(grid, own, f or 1)
-        return slide(window, known, own, plan, watch)
+            return sample(known, watch=watch)
+        return slide(sample, known, own, WINDOW_PLANS[self.model.window_plan](grid, own, step), watch)
+
+    def sample_prompts(self, prompts, cfg, known=None, batch=64, watch=None):
+        """[(k, prompt)] -> codes (len(prompts), n, h, w), at most `batch` images of each prompt at a time.
+
+        Image i of prompt k has seed cfg.seed + k n + i.  known (1, h, w): given codes of all images.
+        """
+        parts, texts = [], [prompt for _, prompt in prompts]
+        for first in range(0, cfg.n, batch):
+            some = range(first, min(first + batch, cfg.n))
+            seeds = [cfg.seed + k * cfg.n + i for k, _ in prompts for i in some]
+            given = None if known is None else known.expand(len(seeds), -1, -1)
+            codes = self.sample_codes(texts, replace(cfg, n=len(some)), given, watch=watch, seeds=seeds)
+            parts.append(codes.unflatten(0, (len(texts), -1)))
+        return torch.cat(parts, 1)
+
+    @torch.inference_mode()
+    def decode(self, codes):
+        """codes (B, h, w) -> images (B, 3, H, W) in [-1, 1]; gray where a code is -1."""
+        images = self.vq.decode(codes.clamp_min(0))
+        side = images.shape[2] // codes.shape[1]
+        hidden = (codes < 0)[:, None].repeat_interleave(side, 2).repeat_interleave(side, 3)  # (B, 1, H, W)
+        return images.masked_fill(hidden, 0.0)
 
     def captions(self, images, cfg):
-        """A captioner reads images (B, 3, H, W) -> cfg.n captions for each, of printable characters."""
-        codes, sp = self.vq.encode(images.to(self.device)).flatten(1), self.text.sp
-        ids = write_captions(self.prior, codes, sp.bos_id(), sp.eos_id(), cfg)
+        """A captioner reads images (B, 3, H, W) -> cfg.n captions of each, of printable characters."""
+        codes = self.vq.encode(images.to(self.device)).flatten(1).repeat_interleave(cfg.n, 0)  # (B, N)
+        sampler, sp = Sampler(cfg, range(cfg.seed, cfg.seed + len(codes)), self.device), self.text.sp
+        ids = self.model.write_captions(codes, sampler, sp.bos_id(), sp.eos_id())
+        sampler.check()
         captions = ["".join(c for c in self.text.decode(row) if c.isprintable()) for row in ids]
         return [captions[i : i + cfg.n] for i in range(0, len(captions), cfg.n)]
 
-    @torch.inference_mode()
-    def images(self, codes):
-        """codes (B, h, w) -> images (B, 3, H, W) in [-1, 1]; gray where a code is -1."""
-        images = self.vq.decode(codes.clamp_min(0))
-        s = images.shape[2] // codes.shape[1]
-        hidden = (codes < 0)[:, None].repeat_interleave(s, 2).repeat_interleave(s, 3)
-        return images.masked_fill(hidden, 0.0)
+    def __call__(self, prompts, cfg=None, batch=64):
+        """Prompts (or one) -> yields (prompt, images (n, 3, H, W)), sampling at most `batch` images at a time."""
+        cfg, todo = cfg or self.sampling, enumerate([prompts] if isinstance(prompts, str) else prompts)
+        while some := list(islice(todo, max(1, batch // cfg.n))):
+            for (_, prompt), codes in zip(some, self.sample_prompts(some, cfg, batch=batch)):
+                yield prompt, torch.cat([self.decode(part) for part in codes.split(batch)])
 
-    def draw(self, prompts, cfg, known=None, batch=64, bar=None, watch=None, failed=None):
-        """Any number of (k, prompt), at most `batch` pictures at a time -> yields (k, prompt, codes (n, h, w)).
 
-        Picture i of prompt k has seed cfg.seed + k cfg.n + i.  known (1, h, w): of all pictures.  watch([(k, prompt)], codes
-        (P, m, h, w)): called as they grow; bar: a tqdm bar that counts prompts.  failed(k, prompt, error): called for a
-        prompt that cannot be drawn, which is then left out; without it the error is raised.
-        """
+# --- what to do with sampled codes -----------------------------------------------------------------------
 
-        def batches(some):
-            for i in range(0, cfg.n, batch):  # pictures of one prompt may not fit into one batch
-                part = replace(cfg, n=min(batch, cfg.n - i))
-                given = None if known is None else known.expand(len(some) * part.n, -1, -1)
-                seeds = [cfg.seed + k * cfg.n + i + j for k, _ in some for j in range(part.n)]
 
-                def grown(codes):
-                    if bar is not None:
-                        bar.show(lambda: len(some) * (i + float((codes >= 0).float().mean()) * part.n) / cfg.n)
-                    if watch:
-                        watch(some, codes.unflatten(0, (len(some), part.n)))
-
-                codes = self.codes(
-                    [p for _, p in some], part, given, None, grown if bar is not None or watch else None, seeds
-                )
-                yield codes.unflatten(0, (len(some), part.n))
-
-        def attempt(some):
-            try:
-                return [(*which, codes) for which, codes in zip(some, torch.cat(list(batches(some)), 1))]
-            except (RuntimeError, ValueError) as e:  # no memory left is a RuntimeError: try fewer at once
-                if failed is None:
-                    raise
-                if len(some) == 1:
-                    failed(*some[0], e)
-                    return []
-            # here, as the error holds what the failed attempt had on the device
-            return attempt(some[: len(some) // 2]) + attempt(some[len(some) // 2 :])
-
-        prompts = iter(prompts)
-        while some := list(islice(prompts, max(1, batch // cfg.n))):
-            yield from attempt(some)
-            if bar is not None:
-                bar.update(len(some))
-
-    def paint(self, prompts, cfg, batch=64, bar=False):
-        """As `draw`, of a list of prompts, but yields (prompt, images (n, 3, H, W)); bar: whether to show one."""
-        with Bar(len(prompts), disable=not bar) as shown:
-            for _, prompt, codes in self.draw(enumerate(prompts), cfg, batch=batch, bar=shown if bar else None):
-                yield prompt, torch.cat([self.images(part) for part in codes.split(batch)])
+def as_codes_of(other, pipeline, codes):
+    """Codes (n, h, w) that `pipeline` sampled -> the same images as codes of `other`'s tokenizer."""
+    if other.vq_hash == pipeline.vq_hash:
+        return codes
+    return other.vq.encode(shrink(pipeline.decode(codes), pipeline.vq.cfg.upscale))
 
 
 @torch.inference_mode()
-def code_losses(painter, other, prompt, codes, batch=64):
-    """Loss of each of the codes (n, h, w) that painter drew for a prompt, lower is better -> (n,).
+def score_codes(pipeline, judge, prompt, codes, batch=64):
+    """The judge's loss of each of the codes (n, h, w) that `pipeline` sampled for a prompt: (n,), lower is better.
 
-    other: a captioner, for the caption's loss; two towers, for their mismatch; None, for the codes' own loss.
+    judge: Pipeline of a captioner or of two towers; None: the loss of the codes themselves.  ValueError if it cannot.
     """
-    judge, out = other or painter, []
-    if other and other.prior.cfg.objective != "contrast" and other.prior.cfg.order != "image":
-        raise ValueError("the loss of a caption needs a captioner; train one with --order image")
+    judge, scores = judge or pipeline, []
     for part in codes.split(batch):
-        if judge.vq_hash != painter.vq_hash:
-            part = judge.vq.encode(shrink(painter.images(part), painter.vq.cfg.upscale))
-        c = judge.prior.cfg
-        if tuple(part.shape[1:]) != (c.grid_h, c.grid_w) or c.low or c.objective == "masked":
-            raise ValueError(
-                f"pictures of {part.shape[1]}x{part.shape[2]} codes cannot be scored with a {c.objective} prior of "
-                f"{c.grid_h}x{c.grid_w}" + (f" that enlarges {c.low} times" if c.low else "")
-            )
-        score = mismatch if c.objective == "contrast" else text_loss if other else image_loss
-        out.append(score(judge.prior, judge.ids([prompt] * len(part)), part.flatten(1)))
-    return torch.cat(out)
+        part = as_codes_of(judge, pipeline, part)
+        if judge.shrink:
+            raise ValueError("the judge enlarges images; use another --judge")
+        if part.shape[1:] != judge.grid:
+            raise ValueError(f"the judge scores images of {judge.grid} codes, not {(*part.shape[1:],)}; use another")
+        text = judge.encode_prompts([prompt] * len(part))
+        scores.append(judge.model.score({"text": text, "codes": part.flatten(1)}))
+    return torch.cat(scores)
 
 
-class Bar(tqdm):
-    """A progress bar over prompts that also moves within one, at most five times a second."""
-
-    def __init__(self, total=None, **how):
-        super().__init__(
-            total=total, bar_format="{l_bar}{bar}| {n:.1f}/{total_fmt} prompts [{elapsed}<{remaining}]", **how
-        )
-
-    def show(self, share):
-        """share: function without arguments -> prompts' worth of work done since the last update."""
-        if not self.disable and time.monotonic() - self.last_shown > 0.2:
-            self.last_shown, n = time.monotonic(), self.n
-            self.n = n + share()
-            self.refresh()
-            self.n = n
-
-    last_shown = 0.0
+if __name__ == "__main__":  # python -m minit2i.sample: the command line, which imports this file
+    runpy.run_module("minit2i.sample_cli", run_name="__main__")

@@ -1,27 +1,31 @@
-"""scenes: generated pictures of coloured shapes with captions that are exactly true.
+"""scenes: generated images of coloured shapes with captions that are exactly true.
 
-The smallest data on which text-to-image can be judged by machine: what a caption claims is a `Scene`
-with the unsaid fields None, and `metrics.check_scene` reads a picture and says whether the claim holds.
-The six categories are GenEval's (arXiv:2310.11513), with shapes in place of COCO's objects.
+    python -m minit2i.scenes --out out/images --n 500     # captioned images in a folder, to train on like your own
 
-Coordinates: x to the right and y downward as fractions of the picture's width and height; r as a fraction
-of its short side, so one scene can be drawn in any proportion.  Centres lie on a grid of STEP, radii are one of two, and
-sizes, strokes and stripes are multiples of 1/32: at 64 pixels an object has the same patches of 4 wherever it stands,
-few of them, which many objects share.  So a small prior learns soon what captions mean, and the patches of a HELD_OUT
-pair are ones that it knows from the colour's other shapes (README, "What is normal?").
+The smallest data on which text-to-image can be judged by machine: a caption's claim is a `Scene` with the unsaid fields
+None, and the oracle (experiments/oracle.py) reads an image and checks the claim.  The six categories are GenEval's
+(arXiv:2310.11513), with shapes in place of COCO's objects.
+
+Coordinates: x to the right and y downward as fractions of the image's width and height; r as a fraction of its short
+side: a scene can be rendered in any proportion.  Centres lie on a grid of STEP, radii are one of two, and sizes,
+strokes and stripes are multiples of 1/32: at 64 pixels an object has the same few 4x4 patches wherever it stands, and
+many objects share them.  A small prior then learns quickly what captions mean, and it knows the patches of a HELD_OUT
+pair from the colour's other shapes.
 Everything is a pure function of its rng.
-Measured on one core at 64x64: 0.07 ms to draw a scene, 0.02 ms to say it, 0.08 ms to render it.
+Measured on one core at 64x64: 0.07 ms to sample a scene, 0.02 ms to caption it, 0.08 ms to render it.
 """
 
+import argparse
 import math
 import re
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLORS = {  # every two at least 100 apart in RGB, and from each background: safe to read after a blur
+COLORS = {  # at least 100 apart in RGB from each other and from each background: readable after a blur
     "red": (205, 15, 30),
     "orange": (250, 125, 10),
     "yellow": (250, 225, 30),
@@ -36,7 +40,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = {"small": 1 / 8, "large": 3 / 16}  # r
 STEP = 1 / 8  # centres lie on multiples of this
 FILLS = ("filled", "outlined", "striped")  # the last two only when large: a small line is one pixel at 64 px
-HELD_OUT = (  # never drawn in training: right pictures of these show that colour and shape compose
+HELD_OUT = (  # never in training: right images of these show that colour and shape compose
     ("purple", "circle"),
     ("green", "square"),
     ("blue", "triangle"),
@@ -51,15 +55,17 @@ RELATIONS = {  # word: (axis, sign of the second centre minus the first along it
     "below": (1, -1),
 }
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "attribute_binding")
-MIXTURE = (  # training: one of these, evenly; more of what is learned late
-    "single_object",
-    "colors",
-    "two_objects",
-    *3 * ("counting",),
-    *3 * ("position",),
-    *3 * ("attribute_binding",),
-)
+COPIES = {  # category: the possible numbers of objects of each kind
+    "single_object": ([1],),
+    "two_objects": ([1, 1],),
+    "counting": ([2], [3], [2, 1]),
+    "colors": ([1],),
+    "position": ([1], [1, 1], [1, 1]),
+    "attribute_binding": ([1, 1], [1, 1], [1, 1, 1]),
+}
+CATEGORIES = tuple(COPIES)
+MIXTURE = ("single_object", "colors", "two_objects")  # training samples one of these uniformly
+MIXTURE += 3 * ("counting",) + 3 * ("position",) + 3 * ("attribute_binding",)  # what is learned late is repeated
 
 GAP, MARGIN = 0.05, 0.03  # least distance between two objects, and from an object to the border
 STROKE = 1 / 3  # width of an outline, in r
@@ -81,7 +87,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, or what a caption claims of one; `len(objects)` is claimed too.
+    """An image, or what a caption claims about one; `len(objects)` is claimed too.
 
     place: one of PLACES, for a single object.  relation: (word, i, j), "object i is <word> object j".
     """
@@ -93,19 +99,19 @@ class Scene:
     relation: tuple[str, int, int] | None = None
 
 
-# --- drawing a scene ---
+# --- sampling a scene ----------------------------------------------------------------------------------
 
 
 def scene_at(seed, index, **kw):
-    """The index-th scene of a seed: a pure function, so any worker can make any of them."""
-    return draw_scene(np.random.default_rng((seed, index)), **kw)
+    """The index-th scene of a seed, a pure function of both."""
+    return random_scene(np.random.default_rng((seed, index)), **kw)
 
 
-def draw_scene(rng, category=None, held_out=False):
+def random_scene(rng, category=None, held_out=False):
     """A random scene of 1 to 3 objects that lie at least GAP apart.
 
     category: one of CATEGORIES, or None for the training MIXTURE.
-    held_out: False never draws a HELD_OUT pair; True draws at least one.
+    held_out: False never has a HELD_OUT pair; True has at least one.
       single_object, colors   one object
       two_objects             two objects of different shape
       counting                two or three equal objects, or two equal ones and another
@@ -115,29 +121,19 @@ def draw_scene(rng, category=None, held_out=False):
     category = category or _pick(rng, MIXTURE)
     if category not in CATEGORIES:
         raise ValueError(f"category {category!r} is not known; use one of {', '.join(CATEGORIES)}")
-    copies = _pick(
-        rng,
-        {  # how many objects of each kind
-            "single_object": ([1],),
-            "colors": ([1],),
-            "two_objects": ([1, 1],),
-            "counting": ([2], [3], [2, 1]),
-            "position": ([1], [1, 1], [1, 1]),
-            "attribute_binding": ([1, 1], [1, 1], [1, 1, 1]),
-        }[category],
-    )
+    copies = _pick(rng, COPIES[category])
     related = category == "position" and len(copies) == 2
     relation = (_pick(rng, tuple(RELATIONS)), 0, 1) if related else None
 
     looks = []
-    for color, shape in _draw_pairs(rng, len(copies), category, held_out):
+    for color, shape in _random_pairs(rng, len(copies), category, held_out):
         size = _pick(rng, tuple(SIZES))
         fill = _pick(rng, ("filled", "filled", "outlined", "striped")) if size == "large" else "filled"
         looks.append((color, shape, size, fill))
     looks = [look for look, n in zip(looks, copies) for _ in range(n)]
     radii = [SIZES[size] for _, _, size, _ in looks]
     place = _pick(rng, PLACES) if len(looks) == 1 else None
-    centres = _draw_centres(rng, radii, relation) if place is None else [_draw_at(place)]
+    centres = _random_centres(rng, radii, relation) if place is None else [_centre_at(place)]
     objects = tuple(Object(*look, float(x), float(y), float(r)) for look, (x, y), r in zip(looks, centres, radii))
     return Scene(objects, _pick(rng, tuple(BACKGROUNDS)), category, place, relation)
 
@@ -146,8 +142,8 @@ def _pick(rng, options):
     return options[rng.integers(len(options))]
 
 
-def _draw_pairs(rng, n, category, held_out):
-    """n different (colour, shape) pairs, as different as the category asks."""
+def _random_pairs(rng, n, category, held_out):
+    """n different (colour, shape) pairs; two_objects and attribute_binding need different shapes (and colours)."""
     while True:
         pairs = [(_pick(rng, tuple(COLORS)), _pick(rng, SHAPES)) for _ in range(n)]
         if held_out:
@@ -162,17 +158,17 @@ def _draw_pairs(rng, n, category, held_out):
             return pairs
 
 
-def _draw_at(place):
-    """The centre (x, y) that a place word names: quarters of the picture, which lie on the grid."""
+def _centre_at(place):
+    """The centre (x, y) that a place word names: quarters of the image, which lie on the grid."""
     column = 1 if "left" in place else 3 if "right" in place else 2
     row = 1 if "top" in place else 3 if "bottom" in place else 2
     return column / 4, row / 4
 
 
-def _draw_centres(rng, radii, relation, tries=512):
+def _random_centres(rng, radii, relation, tries=512):
     """Centres (n, 2), on the grid, of objects whose bounding boxes lie GAP apart, by rejection.
 
-    With a relation they lie so along its axis, and at most half as far apart along the other one.
+    With a relation they lie apart along its axis, and at most half as far along the other one.
     """
     r = np.array(radii)
     while True:
@@ -191,21 +187,22 @@ def _draw_centres(rng, radii, relation, tries=512):
             return xy[ok.argmax()]
 
 
-# --- saying it ---
+# --- captioning it -------------------------------------------------------------------------------------
 
 
 def caption(scene, rng):
-    """A true caption of the scene, and the claim it makes: `(str, Scene)`.
+    """A true caption of the scene -> (text, the claim it makes).
 
-    Colour, shape, number, outlines, stripes and relations are always said, the place word always in the
-    category "position"; otherwise size, "filled", place and background are each said about half the time.
-    The claim's objects keep the scene's order.
+    Colour, shape, number, outlines, stripes and relations are always said, the place word always in the category
+    "position"; otherwise size, "filled", place and background are each said about half the time.  The claim's objects
+    keep the scene's order.
     """
     claimed = list(scene.objects)
     phrases = []
-    for look in dict.fromkeys((o.color, o.shape, o.size, o.fill) for o in scene.objects):
+    looks = [(o.color, o.shape, o.size, o.fill) for o in scene.objects]
+    for look in dict.fromkeys(looks):
         color, shape, size, fill = look
-        mates = [i for i, o in enumerate(scene.objects) if (o.color, o.shape, o.size, o.fill) == look]
+        mates = [i for i, other in enumerate(looks) if other == look]
         size = size if rng.random() < 0.5 else None
         fill = fill if fill != "filled" or rng.random() < 0.5 else None
         for i in mates:
@@ -224,25 +221,20 @@ def caption(scene, rng):
     text = _pick(rng, ("", "", "", "a picture of ", "a drawing of ")) + text
     background = scene.background if rng.random() < 0.5 else None
     if background:
-        text = _pick(
-            rng,
-            (
-                f"{text} on a {background} background",
-                f"{text}, {background} background",
-                f"on a {background} background, {text}",
-            ),
-        )
+        ground = f"{background} background"
+        text = _pick(rng, (f"{text} on a {ground}", f"{text}, {ground}", f"on a {ground}, {text}"))
     return text, replace(scene, objects=tuple(claimed), background=background, place=place)
 
 
 _GROUND = f"({'|'.join(BACKGROUNDS)}) background"
 _AT = {"on the left": "left", "on the right": "right", "at the top": "top", "at the bottom": "bottom"}
 _AT |= {f"in the {place}": place for place in PLACES if " " in place or place == "center"}
-_OBJECTS = rf"(an?|two|three) (?:({'|'.join(SIZES)}) )?(?:({'|'.join(FILLS)}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?:e?s)?"
+_OBJECTS = rf"(an?|two|three) (?:({'|'.join(SIZES)}) )?(?:({'|'.join(FILLS)}) )?"
+_OBJECTS += rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?:e?s)?"
 
 
 def read_caption(text):
-    """A caption -> the claim it makes (Scene), as `caption` gave it but for the order of objects; None if it is not of its kind."""
+    """A caption -> its claim, as `caption` gave it up to the order of objects; None for any other text."""
     background = re.search(f"^on a {_GROUND}, |(?:,| on a) {_GROUND}$", text)
     if background:
         text = text[: background.start()] + text[background.end() :]
@@ -258,12 +250,8 @@ def read_caption(text):
     objects = tuple(Object(m[4], m[5], m[2], m[3]) for m, n in zip(found, counts) for _ in range(n))
     if relation and counts != [1, 1] or place and len(objects) > 1:
         return None
-    return Scene(
-        objects,
-        background and (background[1] or background[2]),
-        place=place and _AT[place[1]],
-        relation=relation and (relation[1], 0, 1),
-    )
+    ground = background and (background[1] or background[2])
+    return Scene(objects, ground, place=place and _AT[place[1]], relation=relation and (relation[1], 0, 1))
 
 
 def _count(words, n):
@@ -284,7 +272,7 @@ def _relate(phrases, relation, rng):
     return f"{phrases[i]} {word} {phrases[j]}"
 
 
-# --- drawing it ---
+# --- rendering it --------------------------------------------------------------------------------------
 
 
 @cache
@@ -298,20 +286,21 @@ def outline(shape, inset=0.0):
         return np.array(
             [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
         )
+    centre, inradius = 0.0, 1.0
     if shape == "circle":
-        points, centre, inradius = _ring(48, 1.0, 1.0), 0.0, 1.0
+        points = _ring(48, 1.0, 1.0)
     elif shape == "square":
-        points, centre, inradius = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]), 0.0, 1.0
+        points = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
     elif shape == "triangle":
         points = np.array([(0, -1), (1, 1), (-1, 1)])
         inradius = 4 / (2 + 2 * math.hypot(1, 2))  # twice the area over the perimeter
         centre = 1 - inradius
-    else:  # star: two rings of five; 0.1 puts the middle of its height at 0
+    else:  # star: two rings of five; 0.1 centres its height at 0
         outer, inner, centre = 1.05, 0.59, 0.1
         points = _ring(10, outer, inner) + (0, centre)
         side = math.hypot(outer - inner * math.cos(math.pi / 5), inner * math.sin(math.pi / 5))
         inradius = outer * inner * math.sin(math.pi / 5) / side
-    return (points - (0, centre)) * (1 - inset / inradius) + (0, centre)  # shrunk about its incentre
+    return (points - (0, centre)) * (1 - inset / inradius) + (0, centre)  # scaled about its incentre
 
 
 def _ring(n, even, odd):
@@ -322,15 +311,15 @@ def _ring(n, even, odd):
 
 
 def render(scene, height, width=None):
-    """The scene as an RGB picture: drawn four times as large and averaged down, so edges are antialiased."""
+    """The scene as an RGB PIL image: drawn four times as large and averaged down, which antialiases the edges."""
     width = width or height
     up = 4
-    picture = Image.new("RGB", (width * up, height * up), BACKGROUNDS[scene.background])
+    image = Image.new("RGB", (width * up, height * up), BACKGROUNDS[scene.background])
     for o in scene.objects:
         r = o.r * min(height, width) * up
         centre = np.array([o.x * width, o.y * height]) * up
         corners = (outline(o.shape) * r + centre).ravel().tolist()
-        ImageDraw.Draw(picture).polygon(corners, fill=COLORS[o.color])
+        ImageDraw.Draw(image).polygon(corners, fill=COLORS[o.color])
         if o.fill != "filled":
             corner = np.floor(centre - r).astype(int)
             hole = Image.new("1", (int(2 * r) + 2,) * 2)
@@ -339,5 +328,29 @@ def render(scene, height, width=None):
             for top, bottom in STRIPES if o.fill == "striped" else ():
                 y = centre[1] - corner[1]
                 draw.rectangle((0, y + top * r, hole.width, y + bottom * r), fill=0)
-            picture.paste(BACKGROUNDS[scene.background], tuple(corner.tolist()), hole)
-    return picture.reduce(up)
+            image.paste(BACKGROUNDS[scene.background], tuple(corner.tolist()), hole)
+    return image.reduce(up)
+
+
+# --- captioned images in a folder ------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write generated images with captions: NAME.png and NAME.txt.")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--n", type=int, default=500, help="number of images [500]")
+    parser.add_argument("--image_size", type=int, default=64, help="pixels of a side [64]")
+    parser.add_argument("--seed", type=int, default=0, help="scenes of another seed are others [0]")
+    args = parser.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for i in range(args.n):
+        scene = scene_at(args.seed, i)
+        render(scene, args.image_size).save(out / f"{i:05d}.png")
+        text, _ = caption(scene, np.random.default_rng((args.seed, i, 1)))
+        (out / f"{i:05d}.txt").write_text(text + "\n")
+    print(f"{out}: {args.n} images with captions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Captions and pictures as tokens: the text model, the cache of codes, the samples of stage 2.
+"""Captions and images as tokens: the text model, the cache of image codes, the samples of stage 2.
 
 Shapes: B batch, T text length, h w code grid, N = h*w.
 """
@@ -6,22 +6,23 @@ Shapes: B batch, T text length, h w code grid, N = h*w.
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
+from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 from tqdm import tqdm
 
-from minit2i.data import BadEntry, Order, Pictures
+from minit2i.checkpoint import write_file
+from minit2i.collectives import gather_objects
+from minit2i.data import BadEntry, Images, Order, cached_array, none_usable
 
-# --- text --------------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------------
 
 
 def read_pieces(proto):
-    """bytes of a SentencePiece model -> its processor; ValueError if they are none."""
+    """bytes of a SentencePiece model -> its processor; ValueError if they are not one."""
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(proto)
@@ -31,13 +32,13 @@ def read_pieces(proto):
 
 
 class Text:
-    """SentencePiece BPE: lowercased, NFKC, with byte fallback, so that any Unicode prompt has ids.
+    """SentencePiece BPE: lowercased, NFKC, with byte fallback: any Unicode prompt has ids.
 
-    A caption becomes [BOS] ids [EOS] and pads, an empty one [BOS] and pads; pad t is a token of its own
-    for each text position (DALL-E, arXiv:2102.12092 sec. 2.2): id n_vocab + t.
+    A caption becomes [BOS] ids [EOS] and pads, an empty one [BOS] and pads; each text position t has a pad token of its
+    own (DALL-E, arXiv:2102.12092 sec. 2.2): id n_vocab + t.
     """
 
-    fixed = False  # whether an entry's captions must be the same at every look
+    fixed = False  # whether an entry must have the same captions every time it is read
 
     def __init__(self, proto, length):
         self.proto, self.length = proto, length  # proto: bytes of the SentencePiece model
@@ -52,7 +53,7 @@ class Text:
 
     @staticmethod
     def train(captions, vocab_size):
-        """captions: iterable of str -> bytes of a SentencePiece model of at most vocab_size tokens."""
+        """Iterable of captions -> bytes of a SentencePiece model of at most vocab_size tokens."""
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -77,9 +78,9 @@ class Text:
     def pieces(self, caption, dropout=0.0, rng=None):
         """caption -> ids, without BOS and EOS.
 
-        With dropout each possible merge of a word is left out with that probability, anew before every
-        merge (BPE-dropout, arXiv:1910.13267 algorithm 1).  SentencePiece has something like it, but
-        cannot be re-seeded, and resuming needs that.
+        dropout: the probability with which each possible merge of a word is skipped, sampled anew before every merge
+        (BPE-dropout, arXiv:1910.13267 algorithm 1).  SentencePiece's own sampling cannot be re-seeded, which resuming
+        needs.
         """
         caption = " ".join(caption.split())
         if not dropout:
@@ -108,7 +109,7 @@ class Text:
             symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
 
     def encode(self, caption, dropout=0.0, rng=None):
-        """caption -> ids (T,).  One too long is cut, and counted in n_cut.  Empty: the unconditional text."""
+        """caption -> ids (T,).  A caption that is too long is cut and counted in n_cut.  "": the unconditional text."""
         ids = self.pieces(caption, dropout, rng)
         if len(ids) > self.length - 2:
             ids = ids[: self.length - 2]
@@ -117,142 +118,151 @@ class Text:
         return torch.tensor(ids + [self.n_vocab + t for t in range(len(ids), self.length)])
 
     def decode(self, ids):
-        """ids (T,) -> the caption."""
+        """ids (T,) -> caption."""
         return self.sp.decode([int(i) for i in ids if int(i) < self.n_vocab])
 
 
-# --- samples of stage 2 ------------------------------------------------------------------------------
+# --- codes ---------------------------------------------------------------------------------------------
 
 
 class Crops(torch.utils.data.Dataset):
-    """Row r -> (r, image of crop r % crops of entry r // crops), or (r, why there is none).
+    """Row r -> (r, image of crop r % crops of entry r // crops), or (r, the reason why there is none).
 
-    One crop is the central one; several are random, a pure function of (seed, r).
+    A single crop is the central one; several are random, a pure function of (seed, r).
     """
 
-    def __init__(self, source, indices, cfg, crops=1, seed=0):
-        self.pictures, self.crops, self.seed = Pictures(source, indices, cfg), crops, seed
+    def __init__(self, source, indices, cfg, crops=1, seed=0, captions=True):
+        self.images, self.crops, self.seed = Images(source, indices, cfg, captions=captions), crops, seed
 
     def __len__(self):
-        return len(self.pictures) * self.crops
+        return len(self.images) * self.crops
 
     def entry(self, r):
-        return int(self.pictures.indices[r // self.crops])
+        return int(self.images.indices[r // self.crops])
 
     def __getitem__(self, r):
         rng = None if self.crops == 1 else np.random.default_rng((self.seed, r))
         try:
-            return r, self.pictures.load(self.entry(r), rng)[0]
+            return r, self.images.load(self.entry(r), rng)[0]
         except BadEntry as e:
             return r, str(e)
 
     def digest(self):
-        """A hash of all that the crops depend on: the listing, sizes and times of the files, size, crops, seed."""
-        source, cfg = self.pictures.source, self.pictures.cfg
-        settings = [type(source).__name__, cfg.size, cfg.resize, cfg.flip, cfg.captions, self.crops, self.seed]
+        """A hash of all that the crops depend on: the listing, sizes and times of the files, and the settings."""
+        images, source = self.images, self.images.source
+        settings = [type(source).__name__, images.size, images.cfg.resize, images.captions, self.crops, self.seed]
         digest = hashlib.sha256(json.dumps(settings).encode())
-        for i in self.pictures.indices:
+        for i in images.indices:
             digest.update(f"{source.key(i)}\0{source.stamp(i)}\n".encode("utf-8", "replace"))
         return digest.hexdigest()[:16]
 
 
 class CodeCache:
-    """The codes of a whole set in a memory-mapped file, made once by the frozen tokenizer.
+    """The codes of a whole set, in a folder.
 
     codes: memmap (n, crops, h, w); ok: (n,) False where the entry could not be used; skipped: [(key, why)].
     """
 
     def __init__(self, folder):
-        self.codes = np.load(folder / "codes.npy", mmap_mode="r")
-        self.ok = np.load(folder / "ok.npy")
-        self.skipped = json.loads((folder / "skipped.json").read_text())
+        self.folder, self.codes = folder, np.load(folder / "codes.npy", mmap_mode="r")
+        skipped = json.loads((folder / "skipped.json").read_text())
+        self.ok = np.ones(len(self.codes), bool)
+        self.ok[[row for row, _, _ in skipped]] = False
+        self.skipped = [(key, why) for _, key, why in skipped]
 
-    @staticmethod
-    def build(folder, crops, encode, shape, n_codes, p, batch=64):
-        """Encode every crop, each process a share of the entries; the folder appears when it is complete.
+    def __reduce__(self):  # a spawned worker maps the file again instead of receiving a copy
+        return CodeCache, (self.folder,)
 
-        encode: images (B, 3, H, W) -> codes (B, h, w); shape: (h, w); p: train.Processes.
-        """
-        part = folder.with_name(f"{folder.name}.{p.gather(os.getpid())[0]}.part")  # two runs may share the cache
-        n = len(crops.pictures)
-        if p.main:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            dtype = np.uint16 if n_codes <= 2**16 else np.int32
-            np.lib.format.open_memmap(part / "codes.npy", "w+", dtype, (n, crops.crops, *shape))
-            with open(part / "codes.npy", "rb+") as f:  # a full disk is an error now, not a crash later
-                f.seek(0, os.SEEK_END)
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(f.fileno(), 0, f.tell())
-        p.barrier()
-        codes = np.load(part / "codes.npy", mmap_mode="r+")
-        first, last = n * p.rank // p.world * crops.crops, n * (p.rank + 1) // p.world * crops.crops
-        share, workers = range(first, last), crops.pictures.cfg.workers
-        loader = torch.utils.data.DataLoader(crops, batch, sampler=share, num_workers=workers, collate_fn=list)
-        bad = {}  # entry's row -> why
-        for chunk in tqdm(loader, desc="encoding the pictures once", unit="batch", disable=not p.main, leave=False):
-            bad |= {r // crops.crops: image for r, image in chunk if isinstance(image, str)}
-            good = [(r, image) for r, image in chunk if not isinstance(image, str)]
-            if good:
-                for (r, _), c in zip(good, encode(torch.stack([image for _, image in good])).cpu().numpy()):
-                    codes[r // crops.crops, r % crops.crops] = c
-        codes.flush()
-        bad = {k: why for share in p.gather(bad) for k, why in share.items()}
-        if p.main:
-            ok = np.ones(n, bool)
-            ok[list(bad)] = False
-            np.save(part / "ok.npy", ok)
-            keys = [(crops.pictures.source.key(crops.entry(k * crops.crops)), why) for k, why in sorted(bad.items())]
-            (part / "skipped.json").write_text(json.dumps(keys))
-            if folder.exists():
-                shutil.rmtree(part)
-            else:
-                for path in part.iterdir():
-                    with open(path, "rb") as f:
-                        os.fsync(f.fileno())
-                os.replace(part, folder)
-        p.barrier()
+    def __getitem__(self, place):
+        """(row, crop) -> codes (N,) long."""
+        return torch.from_numpy(self.codes[place].astype(np.int64)).flatten()
+
+
+def code_cache(folder, crops, vq, procs, view=lambda images: images, name=""):
+    """The codes of crops, encoded now unless the cache folder has them -> CodeCache.
+
+    view: applied to the images (B, 3, H, W) before encoding, as shrinking is for coarse codes; name: names it and its
+    parameters.
+    """
+    parts = ["codes", vq.hash, crops.digest(), name, procs.precision]
+    folder = Path(folder, "-".join(part for part in parts if part))
+    height, width = view(torch.zeros(1, 3, *crops.images.size)).shape[-2:]
+    shape = (len(crops.images), crops.crops, *vq.grid(height, width))
+    dtype = np.uint16 if vq.cfg.n_codes <= 2**16 else np.int32
+    cached_array(folder / "codes.npy", shape, dtype, lambda codes, rows: encode(codes, rows, crops, vq, procs, view))
+    return CodeCache(folder)
+
+
+@torch.no_grad()
+def encode(codes, rows, crops, vq, procs, view, batch=64):
+    """Fill this process's rows of codes (n, crops, h, w); write skipped.json with the entries that cannot be used."""
+    share = range(rows.start * crops.crops, rows.stop * crops.crops)
+    loader = torch.utils.data.DataLoader(
+        crops, batch, sampler=share, num_workers=crops.images.cfg.workers, collate_fn=list
+    )
+    bad = {}  # row -> why
+    for chunk in tqdm(loader, desc="encoding the images once", unit="batch", disable=not procs.main, leave=False):
+        bad |= {r // crops.crops: image for r, image in chunk if isinstance(image, str)}
+        good = [(r, image) for r, image in chunk if not isinstance(image, str)]
+        if good:
+            images = view(torch.stack([image for _, image in good]).to(procs.device))
+            with procs.autocast():
+                encoded = vq.encode(images)
+            for (r, _), grid in zip(good, encoded.cpu().numpy()):
+                codes[r // crops.crops, r % crops.crops] = grid
+    bad = {row: why for share in gather_objects(bad) for row, why in share.items()}
+    if procs.main:
+        keys = [(row, crops.images.source.key(crops.entry(row * crops.crops)), bad[row]) for row in sorted(bad)]
+        write_file(Path(codes.filename).with_name("skipped.json"), json.dumps(keys))
+
+
+# --- samples of stage 2 --------------------------------------------------------------------------------
 
 
 class Coded(torch.utils.data.Dataset):
-    """Position p -> (text ids (T,), or a frozen encoder's states (T, W); codes (N,); codes (M,) of the shrunk picture; 1 if
-    the caption was cut).
+    """Position p -> {"text": ids (T,), or a frozen encoder's states (T, W); "codes": (N,); ...; "n_cut": 0 or 1}.
 
-    low: cache of the same crops shrunk, for super-resolution; without it M is 0.  seed None: entries in order, first
-    crop and caption, nothing dropped (validation).  bpe_dropout: DALL-E, arXiv:2102.12092 sec. 2.2.  cond_drop: the
-    caption is replaced by the empty one with that probability, for classifier-free guidance (arXiv:2207.12598).
+    caches: {"codes": CodeCache} and those of other views of the same crops ("coarse").  n_cut 1: the caption was cut.
+    seed None: entries in order, first crop and caption, nothing dropped (validation).
+    bpe_dropout: DALL-E, arXiv:2102.12092 sec. 2.2.  cond_drop: the probability that the empty caption replaces the
+    caption, for classifier-free guidance (arXiv:2207.12598).
     """
 
-    def __init__(self, source, indices, cache, text, seed=None, bpe_dropout=0.0, cond_drop=0.0, low=None):
-        self.source, self.cache, self.text, self.seed = source, cache, text, seed
-        self.bpe_dropout, self.cond_drop, self.low = bpe_dropout, cond_drop, low
-        self.indices, self.rows = indices, np.flatnonzero(cache.ok)
+    def __init__(self, source, indices, caches, text, seed=None, bpe_dropout=0.0, cond_drop=0.0):
+        self.source, self.indices, self.caches, self.text = source, indices, caches, text
+        self.seed, self.bpe_dropout, self.cond_drop = seed, bpe_dropout, cond_drop
+        self.rows = np.flatnonzero(caches["codes"].ok)
         if not len(self.rows):
-            why = "; ".join(f"{k}: {r}" for k, r in cache.skipped[:3])
-            raise ValueError(f"none of the {len(indices)} entries can be used ({why})")
+            raise none_usable(indices, caches["codes"].skipped)
         self.order = None if seed is None else Order(self.rows, seed)
 
     def __len__(self):
         return len(self.rows)
 
+    def captions(self, row, rng=None):
+        """The captions of a row of the cache."""
+        try:
+            return self.source.captions(int(self.indices[row]), None if self.text.fixed else rng)
+        except BadEntry:  # gone since the cache was made: as if dropped
+            return [""]
+
     def __getitem__(self, p):
         row = int(self.rows[p % len(self.rows)]) if self.order is None else self.order[p]
         rng = None if self.seed is None else np.random.default_rng((self.seed, p))
-        try:
-            lines = self.source.captions(int(self.indices[row]), None if self.text.fixed else rng)
-        except BadEntry:  # gone since the cache was made: as if dropped
-            lines = [""]
-        crop, before = 0, self.text.n_cut
+        lines, crop, before = self.captions(row, rng), 0, self.text.n_cut
         if rng is None:
-            ids = self.text.encode(lines[0])
+            text = self.text.encode(lines[0])
         else:
             line = "" if rng.random() < self.cond_drop else lines[rng.integers(len(lines))]
-            ids, crop = self.text.encode(line, self.bpe_dropout, rng), rng.integers(len(self.cache.codes[row]))
-        codes = flat(self.cache.codes[row][crop])
-        low = codes[:0] if self.low is None else flat(self.low.codes[row][crop])
-        return ids, codes, low, self.text.n_cut - before
+            text = self.text.encode(line, self.bpe_dropout, rng)
+            crop = rng.integers(self.caches["codes"].codes.shape[1])
+        codes = {name: cache[row, crop] for name, cache in self.caches.items()}
+        return {"text": text} | codes | {"n_cut": self.text.n_cut - before}
 
 
-def flat(codes):
-    """Codes (h, w) of a cache -> (h*w,) long."""
-    return torch.from_numpy(codes.astype(np.int64)).flatten()
+def collate(samples):
+    """[sample] -> batch: tensors are stacked to (B, ...), numbers summed."""
+    return {
+        name: torch.stack([s[name] for s in samples]) if torch.is_tensor(value) else sum(s[name] for s in samples)
+        for name, value in samples[0].items()
+    }

@@ -1,8 +1,7 @@
-"""What both training scripts share: processes, precision, optimization, averaged weights, log."""
+"""What both training scripts share: processes, precision, the step loop, the optimizer, averaged weights, the log."""
 
 import contextlib
 import ctypes
-import io
 import json
 import math
 import os
@@ -16,65 +15,82 @@ from typing import Annotated
 
 import torch
 import torch.distributed as dist
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from minit2i.checkpoint import write_file
-from minit2i.parallel import DTYPES, reduce_sum
-from minit2i.plot import beside, plot
+from minit2i.collectives import all_reduce_sum
+from minit2i.config import Config, Group, at_least, between
+from minit2i.plot import plot_log, read_log, save_image
+
+EVAL_SIZE = 256  # validation images of an evaluation
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How to train; each script has defaults of its own for some of these."""
+class TrainConfig(Config):
+    """Settings of a training run; each script has defaults of its own for some of them."""
+
+    group = "Optimizer"
 
     out: Annotated[str, "folder of this run"]
-    recipe: Annotated[str, "a paper's choices as defaults, named below"] = ""
-    resume: Annotated[bool, "continue the run in --out (or start it, if there is none yet)"] = False
-    init: Annotated[str, "start from this checkpoint folder's model (a run's, or an exported one), for finetuning"] = ""
-    steps: Annotated[int, "optimizer steps"] = 5000
-    batch_size: Annotated[int, "pictures per step, over all processes and accumulation parts"] = 32
-    accum: Annotated[int, "parts that each process makes of its share of a batch"] = 1
-    lr: Annotated[float, "peak learning rate"] = 3e-4
-    min_lr: Annotated[float, "learning rate at the end of the cosine, as a fraction of the peak"] = 0.05
-    warmup: Annotated[int, "steps of linear warm-up"] = 200
-    weight_decay: Annotated[float, "decoupled weight decay, on matrices only"] = 0.01
-    beta1: Annotated[float, "AdamW"] = 0.9
-    beta2: Annotated[float, "AdamW"] = 0.95
-    clip: Annotated[float, "largest gradient norm; 0: no clipping"] = 1.0
-    ema: Annotated[float, "decay of the averaged weights, which are the ones saved; 0: none"] = 0.0
-    precision: Annotated[str, "auto picks what the device does well", ("auto", "fp32", "bf16", "fp16")] = "auto"
-    compile: Annotated[bool, "torch.compile the model"] = False
-    device: Annotated[str, "auto, cpu, cuda, mps"] = "auto"
-    seed: Annotated[int, "seed of everything random"] = 0
-    log_every: Annotated[int, "steps between lines of log.jsonl"] = 10
-    eval_every: Annotated[int, "steps between evaluations, each with pictures and a curve"] = 500
-    eval_size: Annotated[int, "validation pictures used"] = 256
-    save_every: Annotated[int, "steps between checkpoints"] = 500
-
-    @property
-    def base(self):
-        """The folder whose model this run starts from, or ''."""
-        return self.init
-
-    @property
-    def named(self):
-        """Fields of the model that one flag names together; flags for them win."""
-        return {}
+    recipe: Annotated[str, "a paper's settings as defaults; see below"] = ""
+    resume: Annotated[bool, "continue the run in --out, or start it if there is none yet"] = False
+    init: Annotated[str, "start from the model in this checkpoint folder (finetuning)", Group("Run")] = ""
+    device: Annotated[str, "auto, cpu, cuda or mps", Group("Run")] = "auto"
+    seed: Annotated[int, "seed of everything random", Group("Run"), at_least(0)] = 0
+    log_every: Annotated[int, "steps between lines of log.jsonl", Group("Run"), at_least(1)] = 10
+    eval_every: Annotated[int, "steps between evaluations, each with a checkpoint", Group("Run"), at_least(1)] = 500
+    dry_run: Annotated[bool, "print the resolved settings and the model's size, and stop", Group("Run")] = False
+    steps: Annotated[int, "optimizer steps", at_least(0)] = 5000
+    batch_size: Annotated[int, "images per step, over all processes and micro-batches", at_least(1)] = 32
+    lr: Annotated[float, "peak learning rate", at_least(0)] = 3e-4
+    min_lr: Annotated[float, "final learning rate of the cosine, as a fraction of the peak", at_least(0)] = 0.05
+    warmup: Annotated[int, "steps of linear warm-up", at_least(0)] = 200
+    weight_decay: Annotated[float, "decoupled weight decay of matrices and convolutions", at_least(0)] = 0.01
+    beta1: Annotated[float, "AdamW's decay of the first moment", between(0, 1)] = 0.9
+    beta2: Annotated[float, "AdamW's decay of the second moment", between(0, 1)] = 0.95
+    clip: Annotated[float, "largest gradient norm; 0: no clipping", at_least(0)] = 1.0
+    ema: Annotated[float, "decay of the averaged weights, which are what is saved; 0: none", between(0, 1)] = 0.0
+    accum: Annotated[int, "micro-batches per step and process", Group("Scale"), at_least(1)] = 1
+    compile: Annotated[bool, "torch.compile the model", Group("Scale")] = False
+    precision: Annotated[
+        str, "auto: what the device does natively", Group("Half precision"), ("auto", "fp32", "bf16", "fp16")
+    ] = "auto"
 
 
 # --- processes and devices -----------------------------------------------------------------------------
 
 
 def pick_device(name="auto"):
-    """'auto' -> this process's GPU, Apple's, or the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(k for k in there if there[k]) if name == "auto" else name
-    if not there.get(name):
-        raise ValueError(
-            f"device {name!r} is not known or not here; use auto, or {', '.join(k for k in there if there[k])}"
-        )
+    """'auto' -> this process's CUDA GPU, Apple's GPU, or the CPU.  ValueError if the device is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(k for k in available if available[k]) if name == "auto" else name
+    if not available.get(name):
+        here = ", ".join(k for k in available if available[k])
+        raise ValueError(f"device {name!r} is not known or not here; use auto, or {here}")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def pick_precision(name, device):
+    """'auto' -> 'bf16', 'fp16' or 'fp32', whichever is the fastest that the device does natively."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        # avx512_fp16 marks Intel: without AMX (or where a virtual machine hides it) bf16 has half float32's speed
+        # there, measured 0.10 against 0.19 TFLOP/s per core
+        full_rate = can.get("avx512_bf16") and not can.get("avx512_fp16")
+        return "bf16" if can.get("amx_bf16") or full_rate else "fp32"
+    return "fp32"
+
+
+def autocast(device, precision):
+    """The autocast context of a precision; a null context for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
 
 
 class Processes:
@@ -82,7 +98,7 @@ class Processes:
 
     def __init__(self, device="auto", precision="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(device)
+        self.main, self.device = self.rank == 0, pick_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.precision = pick_precision(precision, self.device)
@@ -93,10 +109,6 @@ class Processes:
     def __str__(self):
         return f"{self.precision} on {self.world} x {self.device.type}"
 
-    @property
-    def main(self):
-        return self.rank == 0
-
     def say(self, text):
         if self.main:
             print(text, flush=True)
@@ -104,65 +116,35 @@ class Processes:
     def autocast(self):
         return autocast(self.device, self.precision)
 
-    def total(self, tensor):
+    def all_reduce(self, tensor):
         """Sum of a tensor over the processes, without waiting for it."""
-        return reduce_sum(tensor.to(self.device))
+        return all_reduce_sum(tensor.to(self.device))
 
     def sum(self, values):
         """Sum each of a list of numbers over the processes -> list of floats."""
         exact = torch.float32 if self.device.type == "mps" else torch.float64
-        return self.total(torch.tensor(values, dtype=exact)).tolist()
-
-    def gather(self, thing):
-        """The same thing of every process, as a list."""
-        if self.world == 1:
-            return [thing]
-        things = [None] * self.world
-        dist.all_gather_object(things, thing)
-        return things
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
+        return self.all_reduce(torch.tensor(values, dtype=exact)).tolist()
 
 
-def pick_precision(name, device):
-    """'auto' -> 'bf16', 'fp16' or 'fp32' as the device does it natively."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu":
-        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        # avx512_fp16 marks Intel: without AMX (or where a virtual machine hides it) bf16 has half float32's speed there,
-        # measured 0.10 against 0.19 TFLOP/s a core
-        full_rate = can.get("avx512_bf16") and not can.get("avx512_fp16")
-        return "bf16" if can.get("amx_bf16") or full_rate else "fp32"
-    return "fp32"
-
-
-def autocast(device, precision):
-    """The autocast context of a precision; nothing for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
+# --- the step loop -------------------------------------------------------------------------------------
 
 
 def seed_step(seed, step, rank):
-    """Make all that torch draws in this step a pure function of (seed, step, rank)."""
+    """Make torch's random numbers in this step a pure function of (seed, step, rank)."""
     torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
 
 
 class Stop:
-    """Whether SIGTERM or SIGINT came to any process; a second Ctrl-C stops at once.
+    """Whether any process got SIGTERM or SIGINT; a second Ctrl-C stops at once.
 
     Several processes must agree, which makes them wait for each other: they ask each other every few steps.
     """
 
-    def __init__(self, processes, every):
-        self.processes, self.every, self.flag = processes, every, False
+    def __init__(self, procs, every):
+        self.procs, self.every, self.flag = procs, every, False
         for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self.catch)
+            with contextlib.suppress(ValueError):  # not the main thread: signals are someone else's
+                signal.signal(s, self.catch)
 
     def catch(self, number, frame):
         if self.flag and number == signal.SIGINT:
@@ -170,28 +152,27 @@ class Stop:
         self.flag = True
 
     def asked(self, step):
-        if self.processes.world == 1:
+        if self.procs.world == 1:
             return self.flag
-        return step % self.every == 0 and self.processes.sum([self.flag])[0] > 0
+        return step % self.every == 0 and self.procs.sum([self.flag])[0] > 0
 
 
-def steps(cfg, p, start):
-    """Steps start ... cfg.steps, one more than there are, so that the last evaluation and save are no special case.
+def steps(cfg, procs, start):
+    """Steps start ... cfg.steps, one more than are trained: the last evaluation and save are no special case.
 
-    Yields (step, whether to evaluate, to save, to end) before each; ends early if a signal asks for it.
+    Yields (step, evaluate, save, end) before each step.  Evaluations are followed by a save; a signal ends early.
     """
-    stop, first = Stop(p, cfg.log_every), start if cfg.resume else -1  # what a run goes on from is saved
-    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not p.main):
+    stop, saved = Stop(procs, cfg.log_every), start if cfg.resume else -1  # a resumed run's first step is on disk
+    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, disable=not procs.main):
         last = step == cfg.steps
         end = stop.asked(step) or last
         evaluate = last or (step % cfg.eval_every == 0 and step > start)
-        save = step != first and (end or (step % cfg.save_every == 0 and step > start))
-        yield step, evaluate, save, end
+        yield step, evaluate, step != saved and (end or evaluate), end
         if end:
             return
 
 
-# --- optimization ----------------------------------------------------------------------------------------
+# --- optimization --------------------------------------------------------------------------------------
 
 
 def lr_at(step, cfg):
@@ -203,19 +184,20 @@ def lr_at(step, cfg):
 
 
 def n_params(model):
+    """Number of parameters."""
     return sum(w.numel() for w in model.parameters())
 
 
 def make_optimizer(model, cfg, muon=False):
-    """AdamW that decays matrices and convolutions, not gains, biases and a codebook.
+    """AdamW; weight decay on matrices and convolutions, not on gains, biases and codebooks.
 
-    muon: the matrices within transformer blocks take Muon's step instead, with the same rate and decay.
+    muon: the matrices of transformer blocks take Muon's step instead, with the same rate and decay.
     """
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kept = [name for name, p in params.items() if p.dim() < 2 or name.endswith("codebook")]
-    matrices = [name for name, p in params.items() if muon and "blocks." in name and p.dim() == 2]
+    params = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    kept = [name for name, w in params.items() if w.dim() < 2 or name.endswith("codebook")]
+    matrices = [name for name, w in params.items() if muon and "blocks." in name and w.dim() == 2]
     groups = [
-        {"params": [p for name, p in params.items() if name not in kept + matrices], "weight_decay": cfg.weight_decay},
+        {"params": [w for name, w in params.items() if name not in kept + matrices], "weight_decay": cfg.weight_decay},
         {"params": [params[name] for name in kept], "weight_decay": 0.0},
     ]
     fused = next(iter(params.values())).device.type != "mps"
@@ -224,11 +206,11 @@ def make_optimizer(model, cfg, muon=False):
 
 
 class Muon:
-    """Muon for the matrices given, AdamW for the rest, as one optimizer with one state.
+    """Muon for the given matrices and AdamW for the rest, behind one optimizer's interface, with one state.
 
-    A matrix moves along its momentum with all singular values made about 1 (five Newton-Schulz steps), so that rare
-    directions are learned as fast as frequent ones.  Jordan et al. 2024, kellerjordan.github.io/posts/muon; scaled to
-    AdamW's usual step, so that one learning rate serves both: Liu et al., arXiv:2502.16982 eq. 4.
+    Muon's update is the momentum with all singular values set to about 1 (five Newton-Schulz steps): rare directions
+    are learned as fast as frequent ones.  Jordan et al. 2024, kellerjordan.github.io/posts/muon; scaled to AdamW's
+    usual step, which lets one learning rate serve both: Liu et al., arXiv:2502.16982 eq. 4.
     """
 
     def __init__(self, adamw, matrices, cfg):
@@ -248,28 +230,28 @@ class Muon:
 
 
 class EMA:
-    """Moving average of the parameters in float32; other state (a codebook) is taken as it is.
+    """Exponential moving average of the parameters in float32; buffers (a codebook) are copied.
 
-    The decay is min(decay, (1 + t) / (10 + t)), so that the start is forgotten soon.
+    The decay is min(decay, (1 + t) / (10 + t)): the random start is soon forgotten.
     """
 
     def __init__(self, model, decay):
         self.decay = decay
-        self.weights = {k: p.detach().float().clone() for k, p in model.named_parameters()} if decay else {}
+        self.weights = {k: w.detach().float().clone() for k, w in model.named_parameters()} if decay else {}
 
     @torch.no_grad()
     def update(self, model, step):
         if self.decay:
             decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_([*self.weights.values()], [p.float() for p in model.parameters()], 1 - decay)
+            torch._foreach_lerp_([*self.weights.values()], [w.float() for w in model.parameters()], 1 - decay)
 
     def state_dict(self, model):
-        """The model's state with averaged weights."""
+        """The model's state dict with averaged weights."""
         return {k: self.weights.get(k, v) for k, v in model.state_dict().items()}
 
     @contextlib.contextmanager
     def applied(self, model):
-        """Within: the model holds the averaged weights and drops nothing out."""
+        """Context in which the model holds the averaged weights, in eval mode."""
         before = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(self.state_dict(model))
         model.eval()
@@ -281,33 +263,33 @@ class EMA:
 
 
 def optimizer_step(model, optimizer, scaler, cfg, step):
-    """Set the learning rate, unscale, clip, step -> gradient norm (a tensor, no synchronisation)."""
+    """Set the learning rate, unscale, clip, step -> gradient norm (a tensor; no synchronisation)."""
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, cfg)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or float("inf"))
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all the parts of a sharded model
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def check_finite(model, p, step, values={}):
-    """ValueError, in all processes, if a weight or one of an evaluation's values is no finite number."""
+def check_finite(model, procs, step, values={}):
+    """ValueError, in all processes, if a weight or one of an evaluation's values is NaN or Inf."""
     weights = (w.to_local() if hasattr(w, "to_local") else w for w in model.parameters())
-    if p.sum([not (all(map(math.isfinite, values.values())) and all(w.isfinite().all() for w in weights))])[0]:
+    if procs.sum([not (all(map(math.isfinite, values.values())) and all(w.isfinite().all() for w in weights))])[0]:
         raise ValueError(
-            f"the training has diverged before step {step}: not all is finite; what was saved last stays, so --resume with "
-            "a lower --lr or --clip, or in another --precision"
+            f"the training has diverged before step {step}: weights or losses are NaN or Inf; the last checkpoint "
+            "stays, so --resume with a lower --lr or --clip, or in another --precision"
         )
 
 
-# --- log -------------------------------------------------------------------------------------------------
+# --- log -----------------------------------------------------------------------------------------------
 
 
 class Log:
-    """log.jsonl, one line per record, and pictures beside it.  Silent on all but the first process."""
+    """log.jsonl, one line per record, and images beside it.  Only the first process writes."""
 
     def __init__(self, folder, main, step):
         self.path, self.main, self.time = Path(folder, "log.jsonl"), main, time.time()
@@ -318,32 +300,10 @@ class Log:
             write_file(self.path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def rate(self, work):
-        """Work (tokens, pictures) done per second since the last call."""
+        """Work (tokens, images) done per second since the last call."""
         now = time.time()
         rate, self.time = work / max(now - self.time, 1e-9), now
         return rate
-
-    def evaluation(self, step, values, keys, sheet=None, name="samples", **text):
-        """Write an evaluation's values, draw the curves of `keys` and save a sheet of pictures; its time does not count."""
-        self.write(step=step, **values)
-        if self.main:
-            save_image(self.path.with_name("loss.png"), self.curves(keys))
-        if self.main and sheet is not None:
-            save_image(self.path.with_name(f"{name}-{step:06d}.png"), sheet, **text)
-        self.time = time.time()
-
-    def curves(self, keys):
-        """A panel for each key that was logged, in training and in validation (val_ + key)."""
-        records, panels = read_log(self.path), []
-        for key in keys:
-            found = {}
-            for r in records:
-                for k in (key, f"val_{key}"):
-                    if math.isfinite(r.get(k, math.nan)):
-                        found.setdefault(k, []).append((r["step"], r[k]))
-            if found:
-                panels.append(plot(found, f"{key}, at last {[*found.values()][-1][-1][1]:.4g}", 460, 240))
-        return beside(panels)
 
     def write(self, **record):
         if self.main:
@@ -351,38 +311,32 @@ class Log:
                 short = {k: round(v, 6) if isinstance(v, float) and abs(v) > 1e-3 else v for k, v in record.items()}
                 f.write(json.dumps(short) + "\n")
 
+    def evaluation(self, step, values, keys, grid=None, name="samples", **text):
+        """Write an evaluation's values, plot the curves of `keys`, save a grid of images; its time does not count."""
+        self.write(step=step, **values)
+        if self.main:
+            save_image(self.path.with_name("loss.png"), plot_log(self.path, keys))
+        if self.main and grid is not None:
+            save_image(self.path.with_name(f"{name}-{step:06d}.png"), grid, **text)
+        self.time = time.time()
 
-def read_log(path):
-    """The records of a log.jsonl; a line cut short by a killed process is left out."""
-    records = []
-    for line in Path(path).read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
 
-
-def save_image(path, image, **text):
-    """A PNG, written atomically, with text chunks."""
-    info, buffer = PngInfo(), io.BytesIO()
-    for k, v in text.items():
-        info.add_itxt(k, str(v))
-    image.save(buffer, "PNG", pnginfo=info)
-    write_file(path, buffer.getvalue())
+# --- scripts -------------------------------------------------------------------------------------------
 
 
 def keep_memory():
-    """Let glibc keep big blocks instead of returning them to the system at every step.
+    """Let glibc keep large blocks instead of returning them to the system at every step.
 
-    The page faults of getting them back cost 20 to 25 % of the training time of bench.py on two cores (measured, one run each).
+    Getting them back (page faults) costs 20 to 25 % of the training time of bench.py on two cores (measured, one run).
     """
-    with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing to do
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def run(main):
-    """Run a script's main: what a user can mend ends with one line, not with a traceback."""
+    """Run a script's main; user errors print one line, no traceback."""
     keep_memory()
     torch.set_flush_denormal(True)  # measured: 0.5 for 0.9 s a step of gumbel at a low temperature, the same loss
     try:

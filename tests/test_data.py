@@ -1,35 +1,22 @@
-"""Data: every kind of picture file and of damage, sources, crops, order, text."""
+"""Data: every kind of image file and of damage, sources, crops, order, arrays that are computed once."""
 
 import io
 import json
 import os
 import tarfile
 import zlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import fork
 
-from minit2i.data import (
-    BadEntry,
-    DataConfig,
-    Folder,
-    Order,
-    Pictures,
-    Shards,
-    Skipped,
-    StepSampler,
-    collate,
-    crop,
-    open_rgb,
-    open_source,
-    parse_size,
-    split,
-    step_batches,
-)
-from minit2i.tokens import CodeCache, Coded, Crops, Text
+from minit2i import data
+from minit2i.collectives import rank_and_world
+from minit2i.data import BadEntry, DataConfig, Folder, Images, Order, Scenes, Shards, Skipped
+from minit2i.data import cached_array, collate, crop, open_rgb, open_source, parse_size, positions, read_text_file
+from minit2i.data import split, step_batches
 from minit2i.train import Processes, TrainConfig
 
 GREEN = (0, 128, 0)
@@ -41,7 +28,7 @@ def png(im, **kw):
     return buffer.getvalue()
 
 
-# --- pictures ---
+# --- images ---
 
 
 def rgba():
@@ -64,7 +51,7 @@ def test_transparency_is_laid_on_white(make):
 
 
 def test_sixteen_bit_gray_keeps_its_middle():
-    """Pillow's own convert('RGB') clips at 255, which makes any 16-bit picture white."""
+    """Pillow's own convert('RGB') clips at 255, which makes any 16-bit image white."""
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     grays = np.asarray(open_rgb(png(Image.fromarray(ramp))))[..., 0]
     assert np.abs(grays - ramp / 257.0).max() <= 1
@@ -124,7 +111,7 @@ def damaged_folder(root):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     bad, good = {}, []
 
-    def add(name, data, caption="a picture", reason=None):
+    def add(name, data, caption="an image", reason=None):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -136,23 +123,24 @@ def damaged_folder(root):
             good.append(name)
 
     jpeg, whole = png(noise, format="JPEG"), png(noise)
-    add("truncated.jpg", jpeg[: len(jpeg) // 2], reason="damaged picture")
-    add("truncated.png", whole[: len(whole) // 2], reason="damaged picture")
-    add("header_only.png", whole[:20], reason="damaged picture")
+    add("truncated.jpg", jpeg[: len(jpeg) // 2], reason="damaged image")
+    add("truncated.png", whole[: len(whole) // 2], reason="damaged image")
+    add("header_only.png", whole[:20], reason="damaged image")
     add("zero.png", b"", reason="empty file")
     add("zero.jpg", b"", reason="empty file")
-    add("text.png", b"this is no picture", reason="not a picture")
-    add("html.jpg", b"<html>404</html>", reason="not a picture")
+    add("text.png", b"this is not an image", reason="not an image")
+    add("html.jpg", b"<html>404</html>", reason="not an image")
     bomb = bytearray(png(Image.new("1", (64, 64))))
     bomb[16:24] = (40000).to_bytes(4, "big") * 2  # 40,000 x 40,000 in the header
     bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     add("bomb.png", bytes(bomb), reason="more than 100 megapixels")
     add("no_caption.png", whole, caption=None, reason="no caption file")
     add("empty_caption.png", whole, caption="", reason="empty caption")
+    add("latin1_caption.png", whole, caption="caf\u00e9".encode("latin-1"), reason="caption is not UTF-8")
     add("blank_caption.png", whole, caption=" \n\t\n", reason="empty caption")
     flipped = bytearray(whole)
     flipped[len(flipped) // 2] ^= 255
-    add("bit_flip.png", bytes(flipped), reason="damaged picture")
+    add("bit_flip.png", bytes(flipped), reason="damaged image")
     (root / "dangling.png").symlink_to(root / "nowhere.png")
     (root / "dangling.txt").write_text("a link to nothing")
     bad["dangling.png"] = "missing file"
@@ -160,8 +148,8 @@ def damaged_folder(root):
     add("long_caption.png", whole, caption="very " * 2000 + "long")
     add("emoji_caption.png", whole, caption="\U0001f600 smile \U0001f469\u200d\U0001f680")
     add("rtl_caption.png", whole, caption="\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627")
-    add("latin1_caption.png", whole, caption="caf\u00e9".encode("latin-1"))
     add("bom_caption.png", whole, caption=b"\xef\xbb\xbfa byte order mark")
+    add("utf16_caption.png", whole, caption="caf\u00e9".encode("utf-16"))
     add("nul_caption.png", whole, caption="zero \0 byte")
     add("crlf_caption.png", whole, caption="one\r\ntwo\r\n")
     add("one_pixel.png", png(Image.new("RGB", (1, 1), "blue")))
@@ -177,7 +165,7 @@ def damaged_folder(root):
     add("sp ace \u00fc.png", whole)
     add(".hidden.png", whole)
     os.symlink(root, root / "sub" / "loop")  # a folder that contains itself
-    (root / "orphan.txt").write_text("no picture beside me")
+    (root / "orphan.txt").write_text("no image beside me")
     (root / "notes.md").write_text("not an entry")
     (root / "folder.png").mkdir()
     return bad, good
@@ -188,29 +176,45 @@ def test_thirty_kinds_of_damage(tmp_path):
     bad, good = damaged_folder(tmp_path)
     source = Folder(tmp_path)
     assert sorted(source.key(i) for i in range(len(source))) == sorted([*bad, *good])
-    pictures = Pictures(source, np.arange(len(source)), DataConfig(data=str(tmp_path), size="16"), seed=0)
+    images = Images(source, np.arange(len(source)), DataConfig(data=str(tmp_path), image_size="16"), seed=0)
     said = []
     skipped = Skipped(said.append)
     for first in range(0, 2 * len(source), 7):
-        images, captions, skips = collate([pictures[p] for p in range(first, first + 7)])
-        assert images.shape == (7, 3, 16, 16) and images.isfinite().all() and all(captions)
+        batch, captions, skips = collate([images[p] for p in range(first, first + 7)])
+        assert batch.shape == (7, 3, 16, 16) and batch.isfinite().all() and all(captions)
         skipped.add(skips)
     assert skipped.why == bad and len(said) == len(bad)
-    assert skipped.counts()["damaged picture"] == sum(r == "damaged picture" for r in bad.values())
+    n = sum(reason == "damaged image" for reason in bad.values())
+    assert str(skipped).startswith(f"skipped {len(bad)} entries (1 caption is not UTF-8, {n} damaged image, ")
 
 
 def test_none_usable_is_a_clear_error(tmp_path):
     (tmp_path / "a.png").write_bytes(b"nothing")
     (tmp_path / "a.txt").write_text("a")
-    pictures = Pictures(Folder(tmp_path), np.arange(1), DataConfig(size="16"), seed=0)
-    with pytest.raises(ValueError, match="none of the 1 entries can be used .*not a picture"):
-        pictures[0]
+    images = Images(Folder(tmp_path), np.arange(1), DataConfig(image_size="16"), seed=0)
+    with pytest.raises(ValueError, match="none of the 1 entries can be used .*not an image"):
+        images[0]
 
 
-@pytest.mark.parametrize("spec, message", [("nowhere", "neither a folder nor"), ("{tmp}", "no pictures")])
+@pytest.mark.parametrize("spec, message", [("nowhere", "neither a folder nor"), ("{tmp}", "no images")])
 def test_nothing_there_is_a_clear_error(tmp_path, spec, message):
     with pytest.raises(ValueError, match=message):
         open_source(spec.replace("{tmp}", str(tmp_path)), DataConfig())
+
+
+def test_text_in_any_common_encoding(tmp_path):
+    path = tmp_path / "a.txt"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes("ein gr\u00fcner Kreis\n\u2606".encode(encoding))
+        assert read_text_file(path) == "ein gr\u00fcner Kreis\n\u2606"
+    path.write_bytes("plain\ngr\u00fcner\n".encode("latin-1"))
+    for bad, message in (
+        (path, "is not UTF-8 .line 2.; save it as UTF-8"),
+        (tmp_path, "cannot be read"),
+        (tmp_path / "none", "cannot be read: No such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_text_file(bad)
 
 
 # --- sources and splits ---
@@ -235,12 +239,12 @@ def write_shards(root, n=30, shards=3):
 @pytest.mark.parametrize("spec", ["{00000..00002}.tar", "*.tar", "0000[0-2].tar"])
 def test_shards_are_read_in_place(tmp_path, spec):
     write_shards(tmp_path)
-    cfg = DataConfig(data=str(tmp_path / spec), size="16")
+    cfg = DataConfig(data=str(tmp_path / spec), image_size="16")
     source = open_source(cfg.data, cfg)
     assert len(source) == 30
-    pictures = Pictures(source, np.arange(30), cfg)
+    images = Images(source, np.arange(30), cfg)
     for i in range(30):
-        image, caption, _ = pictures[i]
+        image, caption, _ = images[i]
         k = int(caption.split()[1])
         assert abs(float(image[0].mean()) - (8 * k / 127.5 - 1)) < 0.03
     assert sorted(os.listdir(tmp_path)) == ["00000.tar", "00001.tar", "00002.tar"]
@@ -251,29 +255,51 @@ def test_a_cut_shard_gives_what_is_before_the_cut(tmp_path):
     path = tmp_path / "00001.tar"
     path.write_bytes(path.read_bytes()[:9000])
     source = Shards([str(tmp_path / f"{s:05d}.tar") for s in range(3)])
-    pictures = Pictures(source, np.arange(len(source)), DataConfig(size="16"), seed=0)
-    _, _, skips = collate([pictures[p] for p in range(2 * len(source))])
-    used = {pictures[p][1] for p in range(2 * len(source))}
+    images = Images(source, np.arange(len(source)), DataConfig(image_size="16"), seed=0)
+    _, _, skips = collate([images[p] for p in range(2 * len(source))])
+    used = {images[p][1] for p in range(2 * len(source))}
     assert source.damaged and "00001.tar" in source.damaged[0][0]
     assert 20 < len(used) < 30 and len(source) - len({k for k, _ in skips}) == len(used)
 
 
 def test_split_is_stable_and_disjoint(tmp_path):
     write_shards(tmp_path)
-    cfg = DataConfig(data=str(tmp_path / "*.tar"), val_fraction=0.3)
+    cfg = DataConfig(data=str(tmp_path / "*.tar"), val_data="0.3")
     (source, train), (_, val) = split(cfg)
     assert not set(train) & set(val) and len(train) + len(val) == 30 and 2 <= len(val) <= 18
     keys = {source.key(i) for i in val}
-    os.remove(tmp_path / "00002.tar")  # fewer pictures do not move the others across
+    os.remove(tmp_path / "00002.tar")  # fewer images do not move the others across
     (source, _), (_, val) = split(cfg)
     assert {source.key(i) for i in val} == {k for k in keys if k in {source.key(i) for i in range(len(source))}}
 
 
-def test_several_captions_are_drawn_in_turn(tmp_path):
+def test_several_captions_are_sampled_in_turn(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
-    pictures = Pictures(Folder(tmp_path), np.arange(1), DataConfig(size="8"), seed=0)
-    assert {pictures[p][1] for p in range(40)} == {"one", "two", "three"}
+    images = Images(Folder(tmp_path), np.arange(1), DataConfig(image_size="8"), seed=0)
+    assert {images[p][1] for p in range(40)} == {"one", "two", "three"}
+
+
+def test_validation_entries_come_from_a_fraction_or_from_another_source(tmp_path):
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "a.png")
+    (source, train), (val_source, val) = split(DataConfig(data="scenes:40", val_data=str(tmp_path / "val")))
+    assert len(train) == 40 and isinstance(source, Scenes) and isinstance(val_source, Folder) and len(val) == 1
+    (_, train), (_, val) = split(DataConfig(data="scenes:40", val_data="0"))
+    assert (len(train), len(val)) == (39, 1), "one is kept even so"
+    for fraction in ("1", "2", "-0.1", "nan"):
+        with pytest.raises(ValueError, match=r"val_data .* is not a fraction in \[0, 1\)"):
+            split(DataConfig(val_data=fraction))
+    with pytest.raises(ValueError, match="neither a folder nor a tar shard"):
+        split(DataConfig(val_data="nowhere"))
+
+
+def test_scenes_take_their_number_from_the_flag():
+    cfg = DataConfig(image_size="16x24")
+    assert len(open_source("scenes:7", cfg)) == 7 and len(open_source("scenes", cfg)) == data.N_SCENES
+    assert Images(open_source("scenes:7", cfg), np.arange(7), cfg)[3][0].shape == (3, 16, 24)
+    with pytest.raises(ValueError, match="scenes:0 is neither"):
+        open_source("scenes:0", cfg)
 
 
 # --- order ---
@@ -288,18 +314,18 @@ def test_order_visits_every_entry_once_an_epoch():
 
 
 @pytest.mark.parametrize("world, accum", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
-def test_processes_and_parts_share_out_the_same_batches(world, accum):
+def test_processes_and_micro_batches_divide_the_same_batches(world, accum):
     batches = {}
     for rank in range(world):
-        parts = list(StepSampler(3, 6, 8, accum, rank, world))
-        assert len(parts) == len(StepSampler(3, 6, 8, accum, rank, world)) == 3 * accum
+        parts = list(positions(3, TrainConfig(out="", steps=6, batch_size=8, accum=accum), rank, world))
+        assert len(parts) == 3 * accum
         for k, part in enumerate(parts):
             batches.setdefault(3 + k // accum, []).extend(part)
     assert {s: sorted(b) for s, b in batches.items()} == {s: list(range(8 * s, 8 * s + 8)) for s in (3, 4, 5)}
 
 
 def test_workers_do_not_hear_signals_to_the_trainers_group():
-    """A Ctrl-C that ends the workers would leave the trainer without the batches that it still needs to stop in order."""
+    """A Ctrl-C that ends the workers would leave the trainer without the batches that it needs before it can stop."""
 
     class Groups(torch.utils.data.Dataset):
         def __getitem__(self, i):
@@ -321,111 +347,7 @@ def test_parse_size_refuses(size):
         parse_size(size)
 
 
-# --- text ---
-
-CAPTIONS = [
-    "a red circle above a blue square",
-    "Two Green triangles",
-    "three pink stars on white",
-    "a cat \u2014 caf\u00e9",
-] * 5
-
-
-@pytest.fixture(scope="module")
-def text():
-    return Text(Text.train(CAPTIONS, 400), 24)
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "a red circle",
-        "RED \uff23ircle",
-        "\U0001f469\u200d\U0001f680 \u0645\u0631\u062d\u0628\u0627",
-        "zebra & 42",
-        "\n",
-    ],
-)
-def test_any_prompt_has_ids_and_comes_back(text, prompt):
-    ids = text.encode(prompt)
-    assert ids.shape == (24,) and ids[0] == text.sp.bos_id()
-    assert text.sp.unk_id() not in ids.tolist()
-    expected = text.sp.normalize(prompt).replace("\u2581", " ").strip()
-    assert text.decode(ids) == expected or len(text.pieces(prompt)) > 22
-
-
-def test_a_damaged_text_model_is_a_clear_error(text):
-    for proto in (b"", text.proto[:99]):
-        with pytest.raises(ValueError, match="no SentencePiece model"):
-            Text(proto, 8)
-
-
-def test_case_and_width_do_not_matter(text):
-    assert text.encode("A RED \uff43ircle").equal(text.encode("a red circle"))
-
-
-def test_each_text_position_has_its_own_pad(text):
-    ids = text.encode("red")
-    end = ids.tolist().index(text.sp.eos_id())
-    assert ids[end + 1 :].tolist() == [text.n_vocab + t for t in range(end + 1, 24)]
-
-
-def test_long_captions_are_cut_and_counted(text):
-    before = text.n_cut
-    ids = text.encode("square " * 100)
-    assert len(ids) == 24 and ids[-1] == text.sp.eos_id() and text.n_cut == before + 1
-    text.encode("square")
-    assert text.n_cut == before + 1
-
-
-def test_bpe_dropout_spells_the_same_text_in_other_pieces(text):
-    caption = "a red circle above a blue square \u2014 caf\u00e9 \U0001f600"
-    plain = text.pieces(caption)
-    own = text.pieces(caption, 1e-12, np.random.default_rng(0))
-    assert own == plain, "without dropout our merging must be SentencePiece's"
-    drawn = [text.pieces(caption, 0.3, np.random.default_rng(k)) for k in range(10)]
-    assert all(text.sp.decode(ids) == text.sp.decode(plain) for ids in drawn)
-    assert len({tuple(ids) for ids in drawn}) > 5 and all(len(ids) >= len(plain) for ids in drawn)
-    letters = text.pieces("red", 1.0, np.random.default_rng(0))
-    assert text.sp.id_to_piece(letters) == ["\u2581", "r", "e", "d"]
-
-
-# --- code cache ---
-
-
-def test_code_cache_skips_bad_entries_and_depends_on_its_inputs(tmp_path, text):
-    bad, good = damaged_folder(tmp_path / "pictures")
-    source, cfg = Folder(tmp_path / "pictures"), DataConfig(size="16", resize=24, workers=0)
-    indices = np.arange(len(source))
-
-    def encode(images):  # 4x4 codes: mean red of each 4x4 patch
-        return ((torch.nn.functional.avg_pool2d(images[:, 0], 4) + 1) * 7).long()
-
-    def digest(cfg=cfg, **kw):
-        return Crops(source, indices, cfg, **{"crops": 3} | kw).digest()
-
-    folder = tmp_path / "cache" / digest()
-    CodeCache.build(folder, Crops(source, indices, cfg, 3), encode, (4, 4), 16, Processes("cpu"))
-    cache = CodeCache(folder)
-    assert cache.codes.shape == (len(source), 3, 4, 4) and dict(cache.skipped) == bad
-    assert cache.ok.tolist() == [source.key(i) in good for i in indices]
-    crops = cache.codes[[source.key(i) for i in indices].index("long_caption.png")]
-    assert not (crops[0] == crops[1]).all()
-    assert os.listdir(tmp_path / "cache") == [folder.name]
-    before = digest()
-    assert len({before, digest(crops=2), digest(seed=1), digest(cfg=replace(cfg, size="32"))}) == 4
-    os.utime(tmp_path / "pictures" / "upper.PNG", (1, 1))
-    assert digest() != before
-
-    coded = Coded(source, indices, cache, text, seed=0, bpe_dropout=0.1, cond_drop=0.5)
-    samples = [coded[p] for p in range(60)]
-    empty = text.encode("")
-    dropped = sum(ids.equal(empty) for ids, *_ in samples)
-    assert 15 < dropped < 45 and sum(cut for *_, cut in samples) >= 1
-    assert samples[7][0].equal(coded[7][0]) and samples[7][1].shape == (16,)
-
-
-def test_an_enormous_picture_is_refused_by_its_header(tmp_path):
+def test_an_enormous_image_is_refused_by_its_header(tmp_path):
     """A terabyte that says it has 40,000 x 40,000 pixels: no memory would hold the file."""
     bomb = bytearray(png(Image.new("1", (64, 64))))
     bomb[16:24] = (40000).to_bytes(4, "big") * 2
@@ -435,3 +357,36 @@ def test_an_enormous_picture_is_refused_by_its_header(tmp_path):
     os.truncate(path, 2**40)  # sparse
     with pytest.raises(BadEntry, match="more than 100 megapixels"):
         open_rgb(path)
+
+
+# --- arrays that are computed once ---
+
+
+def squares(array, rows):
+    for r in rows:
+        array[r] = [r * r, rank_and_world()[0]]
+
+
+def test_a_cached_array_is_computed_once(tmp_path, monkeypatch):
+    path = tmp_path / "cache" / "squares.npy"
+    array = cached_array(path, (5, 2), np.float32, squares)
+    assert array[:, 0].tolist() == [0, 1, 4, 9, 16] and not array.flags.writeable
+    assert cached_array(path, (5, 2), np.float32, None)[4, 0] == 16
+    assert os.listdir(path.parent) == ["squares.npy"]
+
+    def fails(array, rows):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        cached_array(tmp_path / "other.npy", (5, 2), np.float32, fails)
+    assert not (tmp_path / "other.npy").exists()
+
+
+def shared(path):
+    Processes("cpu")
+    return np.array(cached_array(path, (5, 2), np.float32, squares))
+
+
+def test_processes_share_the_work_on_a_cached_array(tmp_path):
+    array = fork(2, shared, tmp_path / "a.npy")
+    assert array[:, 0].tolist() == [0, 1, 4, 9, 16] and array[:, 1].tolist() == [0, 0, 1, 1, 1]

@@ -1,355 +1,555 @@
-"""Prior: masks against a loop, what may depend on what, cached against full, loss against by hand."""
+"""Prior: what depends on what, cached against full logits, losses by hand, all registries' entries alike."""
 
 import math
-from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import flex_attention
+from priors import CASES, EMPTY, GPT2, TINY, batch, big, build, empty_of
 
-from minit2i.attention import Layout, attend, banded, dense, flex
-from minit2i.blocks import RMSNorm
-from minit2i.gpt import GPT, Cache, GPTConfig
-from minit2i.masks import MASKS, layer_masks, picture
+from minit2i.attention import MASK_ORDERS, MASKS
+from minit2i.config import merge
+from minit2i.gpt import CONDITIONS, MODELS, NORMS, Attention, Cache, CrossAttention, GPTConfig, Head
+from minit2i.gpt import prior_config, resize_grid, rotary_tables, rotate
+from minit2i.sample import SampleConfig, Sampler
 
-TINY = GPTConfig(  # GPT-2's choices; VARIANTS has the others
-    pos="learned",
-    norm="layernorm",
-    mlp="gelu",
-    qk_norm=False,
-    n_layer=2,
-    n_head=2,
-    n_embd=16,
-    text_len=5,
-    n_vocab=11,
-    n_codes=7,
-    grid_h=2,
-    grid_w=3,
-)
-VARIANTS = [
-    dict(zip(("pos", "norm", "mlp", "qk_norm"), v))
-    for v in product(("learned", "rotary"), ("layernorm", "rmsnorm"), ("gelu", "swiglu"), (False, True))
+CAUSAL = [name for name in MASKS if name != "bidirectional"]
+PICTURE = dict(grid_h=4, grid_w=4)
+EPS = torch.finfo(torch.float32).eps
+BLOCKS = [  # every norm, each value of every other choice
+    *(dict(norm=norm) for norm in NORMS),
+    *(
+        dict(zip(("pos", "mlp", "qk_norm"), v))
+        for v in product(("learned", "rotary"), ("gelu", "swiglu"), (False, True))
+    ),
+    dict(pos="sequence", n_kv_head=1, mlp_inner=24),
+    dict(pb_relax=True, sandwich=True, embed_grad=0.1, fp32_logits=True),
 ]
 
 
-def batch(cfg, b=3):
-    g = torch.Generator().manual_seed(1)
-    text = torch.randint(0, cfg.n_vocab, (b, cfg.text_len), generator=g)
-    text[0, 3:] = cfg.n_vocab + torch.arange(3, cfg.text_len)  # pads
-    return text, torch.randint(0, cfg.n_codes, (b, cfg.n_image), generator=g)
+def label(v):
+    return "-".join(map(str, v.values())) if isinstance(v, dict) else str(v)
 
 
-def big_init(model):
-    """Large weights, so that a wrong connection shows."""
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+# --- what may depend on what ---
 
 
-# --- masks ---
-
-GRIDS = [(2, 3), (7, 4), (3, 13), (12, 12)]
-
-
-def crop(i, n, size):
-    """Taming's crop: centred, but pushed inside."""
-    first = i - size // 2
-    while first + size > n:
-        first -= 1
-    return range(max(0, first), max(0, first) + size)
+def reach(model):
+    """Which positions each position's state depends on: the product of all layers' masks -> bool (L, L)."""
+    own = torch.eye(model.layout.length, dtype=torch.bool)
+    seen = own
+    for name in model.masks:
+        seen = ((model.attention_masks[name].dense | own).float() @ seen.float()) > 0
+    return seen
 
 
-def raster(r, c, w):
-    """Offsets of the rows and columns of an 11x11 window, as raster positions."""
-    return {(r + dr) * w + c + dc for dr in range(-5, 6) for dc in range(-5, 6)}
+def dependence(outputs, inputs):
+    """outputs (N, V) of one sample, inputs [(1, S, D)] -> whether each output depends on each position, bool (N, sum of S)."""
+    weight, rows = torch.randn_like(outputs), []
+    for out, w in zip(outputs, weight):
+        grads = torch.autograd.grad((out * w).sum(), inputs, retain_graph=True, allow_unused=True)
+        rows.append(
+            torch.cat([torch.zeros(x.shape[1]) if g is None else g[0].abs().sum(1) for x, g in zip(inputs, grads)])
+        )
+    return torch.stack(rows) > 0
 
 
-LOOPS = {  # what the code in row r, column c sees of earlier codes (i, j)
-    "full": lambda r, c, i, j, cfg: True,
-    "row": lambda r, c, i, j, cfg: i == r or (i == r - 1 and j >= c),
-    "column": lambda r, c, i, j, cfg: j == c,
-    "conv": lambda r, c, i, j, cfg: i * cfg.grid_w + j in raster(r, c, cfg.grid_w),
-    "window": lambda r, c, i, j, cfg: i in crop(r, cfg.grid_h, 4) and j in crop(c, cfg.grid_w, 4),
-    "prefix": lambda r, c, i, j, cfg: True,
-}
+def leaves(model):
+    """From now on each result of the model's embedding table is a leaf, appended to the returned list."""
+    found = []
+
+    def detach(module, args, out):
+        found.append(out.detach().requires_grad_())
+        return found[-1]
+
+    model.embedding.register_forward_hook(detach)
+    return found
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("name", LOOPS)
-def test_masks_equal_a_loop_over_positions(name, grid):
-    cfg = replace(TINY, text_len=3, grid_h=grid[0], grid_w=grid[1], window=4)
-    expected = []
-    for q in range(cfg.length):
-        for k in range(cfg.length):
-            if k > q:
-                seen = name == "prefix" and q < 3 and k < 3
-            elif k < 3:
-                seen = True
-            else:
-                seen = k == q or LOOPS[name](*divmod(q - 3, grid[1]), *divmod(k - 3, grid[1]), cfg)
-            expected.append(seen)
-    assert Layout(name, cfg).dense.flatten().tolist() == expected
+@pytest.mark.parametrize("mask", [*MASKS, *MASK_ORDERS, "row,column"])
+def test_logits_depend_on_what_their_masks_show(mask, monkeypatch):
+    """The gradients' support equals the masks' product, over text and codes, text and image logits."""
+    monkeypatch.setattr("minit2i.attention.WINDOW", 2)
+    model = big(build(mask=mask, n_layer=1 if mask in MASKS else 4, **PICTURE)).double()
+    if model.codes_ahead:
+        model.check_causal = lambda: None  # refused: see below
+    inputs, one = leaves(model), batch(model, 1)
+    text_logits, image_logits = model.logits(one)
+    seen = reach(model)
+    assert dependence(image_logits[0], inputs).equal(seen[4:-1])
+    assert dependence(text_logits[0], inputs).equal(seen[:4])
+    if mask in MASKS and mask != "bidirectional":
+        assert not seen[4:-1, 5:].triu().any()  # no code is shown to its own prediction
 
 
-def test_the_mask_of_masked_models_hides_nothing():
-    assert Layout("none", TINY).dense.all()
+@pytest.mark.parametrize("pos", ["learned", "rotary"])
+@pytest.mark.parametrize("condition", CASES)
+def test_codes_depend_on_conditions_and_earlier_codes(condition, pos):
+    """All of a condition reaches each code; of the codes, those that the masks show."""
+    model = big(build(condition=condition, pos=pos, mask="row", **PICTURE)).double()
+    inputs, one = leaves(model), batch(model, 1, seed=2)
+    if one["text"].is_floating_point():
+        one["text"].requires_grad_(), inputs.append(one["text"])
+    logits = model.logits(one)[1]
+    found, seen = dependence(logits[0], inputs), reach(model)[model.layout.n_prefix - 1 : -1, model.layout.n_prefix :]
+    assert found[:, :-16].equal(torch.ones(16, found.shape[1] - 16, dtype=torch.bool) & read(one))
+    assert found[:, -16:].equal(seen) and not seen.triu().any()
 
 
-def test_each_layer_has_its_mask():
-    def masks(mask, n):
-        return layer_masks(replace(TINY, mask=mask, n_layer=n))
-
-    dalle = masks("dalle", 12)  # 2102.12092 app. B.1, counted from 1
-    assert [i for i, name in enumerate(dalle, 1) if name == "column"] == [2, 6, 10]
-    assert dalle[-1] == "conv" and set(dalle) == {"row", "column", "conv"}
-    assert masks("dalle", 1) == ["conv"] and masks("row,column", 3) == ["row", "column", "row"]
-    model = big_init(GPT(replace(TINY, mask="row,full", n_layer=2, grid_h=3, grid_w=3)))
-    n = model.cfg.length
-    x = torch.randn(1, n, 16, requires_grad=True)
-    out = model.blocks[0](x, model.layouts[model.masks[0]])
-    (grad,) = torch.autograd.grad(out[0, -1].sum(), x)
-    assert (grad[0].abs().sum(1) > 0).equal(Layout("row", model.cfg).dense[-1])
+def read(one):
+    """Conditions that are read in full: frozen states at pads are replaced by learned vectors."""
+    return one["text"].detach().abs().sum(2) > 0 if one["text"].is_floating_point() else torch.tensor(True)
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_logits_depend_on_exactly_what_they_may(name):
-    """One layer's gradient support is the mask."""
-    cfg = replace(TINY, n_layer=1, mask=name, grid_h=5, grid_w=4, window=2)
-    model = big_init(GPT(cfg))
-    at = torch.arange(cfg.length)
-    allowed = MASKS[name](at[:, None], at[None], cfg)
-    x = model.embedding(at % cfg.n_vocab)[None].detach().requires_grad_()
-    out = model.blocks[0](x + model.positions(), model.layouts[name])
-    for q in range(cfg.length):
-        (grad,) = torch.autograd.grad(out[0, q].sum(), x, retain_graph=True)
-        assert (grad[0].abs().sum(1) > 0).equal(allowed[q] | (at == q)), q
-
-
-@pytest.mark.parametrize("name", [name for name in MASKS if not Layout(name, TINY).image_ahead])
-def test_no_code_leaks_into_its_own_prediction(name):
-    model = big_init(GPT(replace(TINY, n_layer=3, mask=name, grid_h=4, grid_w=3)))
-    text, codes = batch(model.cfg)
-    for n in range(12):
-        other = codes.clone()
-        other[:, n:] = (other[:, n:] + 1) % 7
-        now, then = model.logits(text, codes), model.logits(text, other)
-        assert torch.allclose(now[1][:, : n + 1], then[1][:, : n + 1], atol=1e-5), n
-        assert torch.allclose(now[0], then[0], atol=1e-5)
-    if not model.text_ahead:
-        other = text.clone()
-        other[:, 3:] = (other[:, 3:] + 1) % 11
-        assert torch.allclose(model.logits(text, codes)[0][:, :3], model.logits(other, codes)[0][:, :3], atol=1e-5)
+def test_masks_that_show_codes_ahead_are_refused():
+    model = build(mask="row,bidirectional")
+    for use in (lambda: model.check(0.0), lambda: model.logits(batch(model)), lambda: Cache(model, 1, 5)):
+        with pytest.raises(ValueError, match="mask row,bidirectional shows a code those after it.*use a causal mask"):
+            use()
 
 
 def test_text_that_sees_ahead_has_no_loss():
-    model = GPT(replace(TINY, mask="full,prefix"))
-    text, codes = batch(TINY)
-    assert model(text, codes)[0] == 0 and model.n_text_targets(text) == 0 and model(text, codes)[1] > 0
+    model = build(mask="causal,prefix")
+    loss, n = model(batch(model)), model.n_targets(batch(model))
+    assert loss["text"] == 0 == n["text"] and loss["image"] > 0
+    model.check(0.0)
+    with pytest.raises(ValueError, match="mask causal,prefix .*needs --text_weight 0"):
+        model.check(0.125)
 
 
-def test_the_bidirectional_mask_is_refused_code_by_code():
-    model = GPT(replace(TINY, mask="row,none"))
-    text, codes = batch(TINY)
-    assert model.trunk(text, 0).isfinite().all()
-    for causal in (lambda: model(text, codes), lambda: Cache(model, 1, TINY.length)):
-        with pytest.raises(ValueError, match="mask row,none shows a code those after it"):
-            causal()
+# --- layers ---
 
 
-def test_the_picture_of_the_masks_shows_them():
-    cfg = replace(TINY, grid_h=3, grid_w=4)
-    sheet = torch.tensor(np.array(picture(cfg, ("full", "column"), cell=1, columns=2)))
-    n = cfg.length
-    panel = sheet[20 : 20 + n, 40 + n : 40 + 2 * n]  # the second one
-    seen = (panel != 232).any(-1)
-    inner = torch.arange(n) != cfg.text_len  # the lines between text and picture
-    assert seen[inner][:, inner].equal(Layout("column", cfg).dense[inner][:, inner])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_against_their_formula(norm):
+    """With and without gradients, which take different ways on a CPU."""
+    layer = NORMS[norm](24, 1e-6)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    centred = norm != "rmsnorm"
+    for dtype, scale in ((torch.float32, 1.0), (torch.float32, 1e-3), (torch.bfloat16, 1.0)):
+        x = (torch.randn(5, 3, 24) * scale).to(dtype)
+        y = x.double() - centred * x.double().mean(-1, keepdim=True)
+        unit = y.abs().amax(-1, keepdim=True) if norm == "pb_layernorm" else 1  # its eps is beside x / max
+        eps = 1e-6 if norm == "rmsnorm" else 1e-5
+        expected = y / (y.square().mean(-1, keepdim=True) + eps * unit**2).sqrt() * layer.weight.double()
+        expected = expected + (layer.bias.double() if centred else 0)
+        with torch.no_grad():
+            sampling = layer(x)
+        for found in (layer(x), sampling):
+            # a mean of 24 squares; 8 bits of bfloat16 in input, sums and output
+            tolerance = 1e-5 if dtype == torch.float32 else 0.1 if norm == "pb_layernorm" else 0.03
+            close = torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
+            assert close and (found.dtype == dtype or norm == "layernorm")
 
 
-# --- the model ---
+def test_attention_with_grouped_queries_against_a_loop():
+    """Each of two key heads serves two query heads."""
+    cfg = GPTConfig(**TINY | GPT2 | dict(n_head=4, n_kv_head=2, qk_norm=True))
+    layer, x = big(Attention(cfg)).double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    mask = build(n_head=4).attention_masks["causal"]
+    q, k, v = (x @ layer.qkv.weight.t()).split([16, 8, 8], -1)
+    out = torch.zeros(2, 5, 16, dtype=torch.float64)
+    for b, s, head in product(range(2), range(5), range(4)):
+        part, pair = slice(4 * head, 4 * head + 4), slice(4 * (head // 2), 4 * (head // 2) + 4)
+        one, keys = layer.q_norm(q[b, s, part]), layer.k_norm(k[b, : s + 1, pair])
+        out[b, s, part] = (keys @ one / 2).softmax(0) @ v[b, : s + 1, pair]
+    assert torch.allclose(layer(x, mask, 0, None, None), out @ layer.out.weight.t(), atol=1e-10)
 
 
-CAUSAL = [{"mask": name, "grid_h": 5} for name in MASKS if not Layout(name, TINY).image_ahead]
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_cross_attention_against_a_loop(qk_norm):
+    cross = big(CrossAttention(GPTConfig(**TINY | GPT2 | dict(qk_norm=qk_norm)))).double()
+    x, memory = torch.randn(2, 3, 16, dtype=torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
+    k, v = (memory @ cross.kv.weight.t()).split(16, -1)
+    q, out = x @ cross.q.weight.t(), torch.zeros(2, 3, 16, dtype=torch.float64)
+    for b, s, part in product(range(2), range(3), (slice(0, 8), slice(8, 16))):
+        one, keys = q[b, s, part], k[b, :, part]
+        if qk_norm:
+            one, keys = cross.q_norm(one), cross.k_norm(keys)
+        out[b, s, part] = (keys @ one / 8**0.5).softmax(0) @ v[b, :, part]
+    assert torch.allclose(cross(x, memory, None), out @ cross.out.weight.t(), atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "variant", [*VARIANTS, *CAUSAL, {"mask": "dalle", "n_layer": 4}], ids=lambda v: "-".join(map(str, v.values()))
-)
-def test_cached_logits_equal_full_ones_at_every_position(variant):
-    cfg = replace(TINY, window=2, **variant)
-    model = big_init(GPT(cfg)).eval()
-    text, codes = batch(cfg)
-    with torch.no_grad():
-        text_logits, image_logits = model.logits(text, codes)
-        cache = Cache(model, 3, cfg.length - 1)
-        hidden = [model.trunk(text, 0, cache)]
-        hidden += [
-            model.trunk(model.code_ids(codes[:, i : i + 1]), cfg.text_len + i, cache) for i in range(cfg.n_image - 1)
-        ]
-        hidden = torch.cat(hidden, 1)
-        assert torch.allclose(model.text_head(hidden[:, : cfg.text_len - 1]), text_logits, atol=1e-4)
-        assert torch.allclose(model.image_head(hidden[:, cfg.text_len - 1 :]), image_logits, atol=1e-4)
-        # several codes at once, as when a given part of a picture is read
-        cache = Cache(model, 3, cfg.length - 1)
-        model.trunk(text, 0, cache)
-        some = model.trunk(model.code_ids(codes[:, :4]), cfg.text_len, cache)
-        assert torch.allclose(model.image_head(some), image_logits[:, 1:5], atol=1e-4)
-        # positions in tensors, as the compiled loop has them
-        cache = Cache(model, 3, cfg.length - 1)
-        hidden = [model.trunk(text, 0, cache)[:, -1:]]
-        hidden += [
-            model.trunk(model.code_ids(codes[:, i : i + 1]), torch.tensor([cfg.text_len + i]), cache)
-            for i in range(cfg.n_image - 1)
-        ]
-        assert torch.allclose(model.image_head(torch.cat(hidden, 1)), image_logits, atol=1e-4)
+def test_heads_compute_in_float32_on_request():
+    for fp32, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        head = Head(GPTConfig(**TINY | dict(fp32_logits=fp32)), 7)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert head(torch.randn(2, 3, 16)).dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cpu_training_attention_equals_the_fused_one(dtype):
-    q, k, v = (torch.randn(2, 3, 150, 8, dtype=dtype) for _ in range(3))  # three blocks of queries
-    mask = torch.rand(150, 150) < 0.5
-    mask |= torch.eye(150, dtype=torch.bool)
-    for how in ({"causal": True}, {"mask": mask}, {}):
-        args = dict(attn_mask=how.get("mask"), is_causal=how.get("causal", False))
-        expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **args)
-        ours = dense(q.clone().requires_grad_(), k, v, **how)
-        assert torch.allclose(ours.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2), how
+# --- positions ---
 
 
-@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1.0), (torch.float32, 1e-3), (torch.bfloat16, 1.0)])
-def test_rms_norm_is_the_same_when_decoding(dtype, scale):
-    norm = RMSNorm(24, 1e-6)
-    torch.nn.init.normal_(norm.weight)
-    x = torch.randn(5, 3, 24) * scale
-    x[0] = 0
-    x = x.to(dtype)
-    y = x.float()
-    expected = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
-    with torch.no_grad():
-        decoding = norm(x)
-    for got in (norm(x), decoding):
-        assert got.dtype == dtype and torch.allclose(
-            got.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5
-        )
+def test_learned_positions_are_rows_plus_columns():
+    model = build()
+    positions = model.positions()
+    assert positions[:5].equal(model.conditions["text"].pos)
+    for n in range(6):
+        expected = model.grid.row[n // 3, 0] + model.grid.column[0, n % 3]
+        assert positions[5 + n].equal(expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # products on a CPU, a fused kernel
-@pytest.mark.parametrize("grid", [(7, 4), (3, 40), (9, 30)], ids=str)
-@pytest.mark.parametrize("name", MASKS)
-def test_every_way_of_attention_gives_what_the_dense_mask_gives(name, grid, dtype, monkeypatch):
-    """Forward and backward; FlexAttention forward only, not compiled, which is what a CPU can."""
-    layout = Layout(name, replace(TINY, grid_h=grid[0], grid_w=grid[1], window=3))
-    qkv = [torch.randn(2, 2, layout.cfg.length, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
-    score = (qkv[0] @ qkv[1].mT / 4).masked_fill(~layout.dense, -math.inf)
-    expected = score.softmax(-1) @ qkv[2]
-    weight = torch.randn_like(expected)
-    grads = torch.autograd.grad((expected * weight).sum(), qkv)
-    atol = 1e-8 if dtype == torch.float64 else 1e-4
-    for way in (attend, banded):
-        y = way(*qkv, layout)
-        assert torch.allclose(y, expected, atol=atol) and all(
-            torch.allclose(a, b, atol=atol) for a, b in zip(torch.autograd.grad((y * weight).sum(), qkv), grads)
-        )
-    monkeypatch.setattr("minit2i.attention.compiled_flex", lambda: flex_attention)
-    with torch.no_grad():
-        assert torch.allclose(flex(*(x.detach().float() for x in qkv), layout), expected.float(), atol=1e-5)
+@pytest.mark.parametrize("pos", ["rotary", "sequence"])
+def test_rotary_positions_against_a_loop(pos):
+    """Half of the pairs turn with the row and half with the column, or all with the place in the sequence."""
+    model = build(pos=pos, grid_h=3, grid_w=4, n_head=1)
+    x = torch.randn(17, 16)
+    expected = x.clone()
+    for n, i in product(range(17), range(8)):
+        row, column = (n - 5, n - 5) if n < 5 else divmod(n - 5, 4)  # text: on the diagonal before the grid
+        angle = (row if i % 8 < 4 else column) * 100 ** (-(i % 4) / 4) if pos == "rotary" else n * 10000 ** (-i / 8)
+        expected[n, i] = x[n, i] * math.cos(angle) - x[n, i + 8] * math.sin(angle)
+        expected[n, i + 8] = x[n, i] * math.sin(angle) + x[n, i + 8] * math.cos(angle)
+    assert torch.allclose(rotate(x, model.cos, model.sin), expected, atol=100 * EPS)
 
 
-@pytest.mark.parametrize("alpha", [None, 32.0])
-@pytest.mark.parametrize("text", [9, 140])  # the latter is long enough to be read where it lies
-def test_a_new_position_reads_only_what_it_sees(text, alpha):
-    """Against the dense mask's last row, with keys that it does not see made useless."""
-    for name in ("full", "row", "column", "conv", "window", "prefix"):
-        layout = Layout(name, replace(TINY, text_len=text, grid_h=5, grid_w=4, window=3))
-        for at in (text, text + 11, layout.cfg.length - 1):
-            q, k, v = (torch.randn(2, 2, n, 16, dtype=torch.float64) for n in (1, at + 1, at + 1))
-            seen = layout.dense[at, : at + 1]
-            expected = (q @ k.mT / 4).masked_fill(~seen, -math.inf).softmax(-1) @ v
-            k[:, :, ~seen], v[:, :, ~seen] = math.nan, math.nan
-            assert torch.allclose(attend(q, k, v, layout, at, alpha), expected)
+def test_rotary_scores_depend_on_distances():
+    cfg = GPTConfig(**TINY | dict(pos="rotary", n_head=1))
+    q, k = torch.randn(2, 16, dtype=torch.float64)
+
+    def score(a, b):
+        cos, sin = rotary_tables(cfg, torch.tensor([a, b]).float())
+        turned = rotate(torch.stack([q, k]), cos.double(), sin.double())
+        return float(turned[0] @ turned[1])
+
+    assert math.isclose(score((2, 3), (1, 1)), score((5, 4), (4, 2)), rel_tol=1e-5)
+    assert abs(score((2, 3), (1, 1)) - score((2, 3), (1, 2))) > 1e-3
 
 
-def test_sparse_masks_compute_less():
-    """DALL-E's sizes, and with fewer words: shares of all pairs of positions, where causal attention has half of them."""
-    for text, most in (
-        (64, dict(row=0.2, column=0.18, conv=0.32, window=0.3)),
-        (256, dict(row=0.31, column=0.29, conv=0.4)),
-    ):
-        cfg = replace(TINY, text_len=text, grid_h=32, grid_w=32)
-        for name, share in most.items():
-            layout = Layout(name, cfg)
-            assert layout.scores < share * cfg.length**2, layout.scores / cfg.length**2
-            assert len(layout.keys_of(cfg.length - 1)) == layout.dense[-1].sum() < cfg.length / 3.9
-            assert layout.by_columns == (name == "column")
+# --- losses ---
 
 
-def test_loss_equals_one_by_hand_and_pads_are_no_targets():
-    model = GPT(TINY)
-    text, codes = batch(TINY)
-    text_logits, image_logits = model.logits(text, codes)
-    text_loss, image_loss = model(text, codes)
-    by_hand = sum(
-        -float(text_logits.detach()[b, t].log_softmax(0)[text[b, t + 1]])
-        for b in range(3)
-        for t in range(4)
-        if text[b, t + 1] < TINY.n_vocab
-    )
-    assert math.isclose(text_loss.item(), by_hand, rel_tol=1e-5)
-    by_hand = sum(-float(image_logits.detach()[b, n].log_softmax(0)[codes[b, n]]) for b in range(3) for n in range(6))
-    assert math.isclose(image_loss.item(), by_hand, rel_tol=1e-5)
-    assert int(model.n_text_targets(text)) == 2 + 4 + 4
+def test_loss_by_hand_and_pads_are_no_targets():
+    model = build()
+    inputs = batch(model)
+    text, codes = inputs["text"], inputs["codes"]
+    text_logits, image_logits = (x.detach().double().log_softmax(2) for x in model.logits(inputs))
+    pairs = [(b, t) for b in range(3) for t in range(4) if text[b, t + 1] < 11]
+    loss, n = model(inputs), model.n_targets(inputs)
+    by_hand = -sum(float(text_logits[b, t, text[b, t + 1]]) for b, t in pairs)
+    assert math.isclose(loss["text"].item(), by_hand, rel_tol=1e-5) and n["text"] == len(pairs) == 2 + 4 + 4
+    by_hand = -sum(float(image_logits[b, i, codes[b, i]]) for b in range(3) for i in range(6))
+    assert math.isclose(loss["image"].item(), by_hand, rel_tol=1e-5) and n["image"] == 18
+    score = [-float(image_logits[b].gather(1, codes[b][:, None]).mean()) for b in range(3)]
+    assert torch.allclose(model.score(inputs).double(), torch.tensor(score).double(), rtol=1e-5)
+    found = model.evaluate(inputs)
+    assert found["text_loss"] == (loss["text"], 10) and found["image_loss"] == (loss["image"], 18)
 
 
-def test_initial_loss_is_that_of_a_uniform_guess():
-    cfg = replace(TINY, n_embd=64, n_vocab=500, n_codes=300)
-    text, codes = torch.randint(0, 500, (8, 5)), torch.randint(0, 300, (8, 6))
-    text_loss, image_loss = GPT(cfg)(text, codes)
-    assert abs(float(text_loss) / 32 - math.log(500)) < 0.1 and abs(float(image_loss) / 48 - math.log(300)) < 0.1
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_start_at_a_uniform_guess(model):
+    """ln V nats per token, about ln B for one caption among B images; inputs are not changed."""
+    model = build(model=model, n_embd=64, n_vocab=500, n_codes=300, text_len=12)
+    inputs = batch(model, 8)
+    before = {k: v.clone() for k, v in inputs.items()}
+    corrupted = model.corrupt(inputs, range(8))
+    loss, n = model(corrupted), model.n_targets(corrupted)
+    assert loss.keys() == n.keys() and same(before, inputs) and same(corrupted, model.corrupt(inputs, range(8)))
+    codes = hasattr(model, "image_head")  # towers: cosines times 14 at the start
+    guess = {"text": (math.log(500), 0.1), "image": (math.log(300), 0.1) if codes else (math.log(8), 1.0)}
+    for name, total in loss.items():
+        expected, margin = guess[name]
+        assert total.dtype == torch.float32 and n[name] > 0
+        assert abs(total.item() / int(n[name]) - expected) < margin, name
+    assert model.evaluate(corrupted).keys() >= {f"{name}_loss" for name in loss}
+
+
+PAIRS = [("gpt", condition) for condition in CASES] + [(model, "text") for model in MODELS if model != "gpt"]
+
+
+@pytest.mark.parametrize("model, condition", PAIRS)
+def test_one_batch_is_learned(model, condition):
+    """Every parameter takes part, as DistributedDataParallel needs."""
+    model = build(model=model, condition=condition, n_embd=32, text_len=8, n_layer=1, grid_h=4, grid_w=2)
+    inputs = batch(model, 4)
+    if not inputs["text"].is_floating_point():
+        inputs["text"][:, 0] = torch.arange(4)  # otherwise the second token cannot be known
+    inputs = model.corrupt(inputs, range(4))
+    optimizer, n = torch.optim.AdamW(model.parameters(), 5e-3), model.n_targets(inputs)
+    for _ in range(45):
+        loss = model(inputs)
+        optimizer.zero_grad()
+        sum(loss[name] / n[name] for name in loss).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+    for name, total in model(inputs).items():
+        assert total.item() / int(n[name]) < 0.2, name
 
 
 def test_parameter_count_in_closed_form():
-    cfg = replace(TINY, n_embd=32, n_layer=3)
     d = 32
-    expected = (cfg.n_vocab + cfg.text_len + cfg.n_codes) * d + (cfg.text_len + cfg.grid_h + cfg.grid_w) * d
-    expected += 3 * (12 * d * d + 4 * d) + 2 * d + d * (cfg.n_vocab + cfg.n_codes)
-    assert sum(p.numel() for p in GPT(cfg).parameters()) == expected
+    expected = (11 + 5 + 7) * d + (5 + 2 + 3) * d  # tables, positions
+    expected += 3 * (12 * d * d + 4 * d) + 2 * d + d * (11 + 7)  # blocks, last norm, heads
+    assert sum(p.numel() for p in build(n_embd=d, n_layer=3, **GPT2).parameters()) == expected
+
+
+# --- sampling ---
+
+
+def sampling(model, b, **settings):
+    cfg = merge(SampleConfig, type(model).Sampling)(**settings)
+    return Sampler(cfg, range(cfg.seed, cfg.seed + b))
+
+
+def generate(model, inputs, n=2, known=None, watch=None, **settings):
+    """Codes of n images for each row of a batch."""
+    given = {k: v for k, v in inputs.items() if k != "codes"}
+    sampler = sampling(model, n * len(inputs["text"]), **settings)
+    return model.generate(given, empty_of(inputs), sampler, known, watch)
+
+
+def naive(model, inputs, n=2, known=None, **settings):
+    """The same by computing all logits for each code, one image at a time."""
+    out = []
+    for b in range(n * len(inputs["text"])):
+        sampler = sampling(model, 1, **settings | {"seed": settings.get("seed", 0) + b})
+        noise, one = sampler.uniform(model.cfg.n_image), {k: v[b // n][None] for k, v in inputs.items()}
+        codes = torch.zeros(1, model.cfg.n_image, dtype=torch.long)
+        for i in range(model.cfg.n_image):
+            u, both = (i + 1) / model.cfg.n_image, [one, one | {"text": empty_of(inputs)[None]}]
+            logits = torch.cat([model.logits(x | {"codes": codes})[1][:, i] for x in both[: 1 + sampler.guided]])
+            codes[:, i] = sampler.pick(sampler.filter(sampler.guide(logits, u)), noise[:, i])
+            if known is not None and known[b, i] >= 0:
+                codes[:, i] = known[b, i]
+        out.append(codes[0])
+    return torch.stack(out)
+
+
+def cached_logits(model, inputs, tensors=False):
+    """Code logits (B, N, V) from a cache, one code at a time; tensors: positions in tensors, as the compiled loop's."""
+    p, codes, rows = model.layout.n_prefix, inputs["codes"], torch.arange(len(inputs["text"]))
+    prompts = Cache(model, len(rows), p)
+    prefix, memory = model.condition(inputs)
+    hidden = [model.trunk(prefix, 0, prompts, memory)[:, -1:]]
+    cache = prompts.spread(model, rows, model.layout.length - 1)
+    for i in range(codes.shape[1] - 1):
+        start = torch.tensor([p + i]) if tensors else p + i
+        part = cache.upto(p + i + 1) if tensors else cache
+        hidden.append(model.trunk(model.embed_codes(codes[:, i : i + 1]), start, part))
+    return model.image_head(torch.cat(hidden, 1))
+
+
+VARIANTS = [*BLOCKS, *({"mask": name} for name in CAUSAL), {"mask": "dalle", "n_layer": 4}]
+VARIANTS += [{"condition": name, "pos": pos} for name in CASES for pos in ("learned", "rotary")]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=label)
+@torch.no_grad()
+def test_cached_logits_equal_full_ones(variant, monkeypatch):
+    monkeypatch.setattr("minit2i.attention.WINDOW", 2)
+    model = big(build(**PICTURE | variant)).double()
+    inputs = batch(model)
+    expected = model.logits(inputs)[1]
+    atol = 1000 * EPS * float(expected.abs().max())  # RMSNorm and rotary tables are float32, over a few layers
+    assert torch.allclose(cached_logits(model, inputs), expected, atol=atol)
+    assert torch.allclose(cached_logits(model, inputs, tensors=True), expected, atol=atol)
+    # several codes at once, as given codes are read
+    p, cache = model.layout.n_prefix, Cache(model, 3, model.layout.length - 1)
+    prefix, memory = model.condition(inputs)
+    model.trunk(prefix, 0, cache, memory)
+    some = model.trunk(model.embed_codes(inputs["codes"][:, :4]), p, cache)
+    assert torch.allclose(model.image_head(some), expected[:, 1:5], atol=atol)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cfg_scale": 1.0},
+        {"cfg_scale": 0.0, "cfg_schedule": "falling"},
+        {"temperature": 0.0, "top_k": 4, "min_p": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("condition", CASES)
+@torch.no_grad()
+def test_sampling_equals_the_naive_loop(condition, settings):
+    model = big(build(condition=condition, grid_h=4, grid_w=2, **GPT2)).double()
+    inputs = batch(model, 2)
+    assert generate(model, inputs, n=1 if "coarse" in inputs else 2, **settings).equal(
+        naive(model, inputs, n=1 if "coarse" in inputs else 2, **settings)
+    )
+
+
+@torch.no_grad()
+def test_known_codes_are_kept_and_read():
+    """At the start, in the middle and everywhere; in one image only; the caller's tensors do not change."""
+    model = big(build(**GPT2)).double()
+    inputs = batch(model)
+    before = {k: v.clone() for k, v in inputs.items()}
+    for places in ([], [0], [3], [0, 1, 4], [5], range(6)):
+        known = torch.full((6, 6), -1)
+        known[:, places] = torch.arange(6)[:, None] % 7
+        given = known.clone()
+        assert generate(model, inputs, known=known).equal(naive(model, inputs, known=known)) and known.equal(given)
+    known[1, 2] = -1
+    assert generate(model, inputs, known=known).equal(naive(model, inputs, known=known))
+    assert same(inputs, before) and EMPTY.tolist() == [1, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize("m", [1, 5, 6])
+@torch.no_grad()
+def test_a_given_start_is_finished_as_before(m):
+    model = big(build(**GPT2)).double()
+    inputs = batch(model)
+    whole = generate(model, inputs)
+    known = whole.clone()
+    known[:, m:] = -1
+    assert generate(model, inputs, known=known).equal(whole)
+
+
+@pytest.mark.parametrize("model", ["gpt", "masked"])
+@torch.no_grad()
+def test_images_depend_on_their_seed_alone(model):
+    """Not on the other images of a batch, nor on their number."""
+    model = big(build(model=model, grid_h=4, grid_w=4, **GPT2)).double()
+    inputs = batch(model)
+    together = generate(model, inputs, n=3, seed=5)
+    for k in range(3):
+        alone = generate(model, {key: x[k : k + 1] for key, x in inputs.items()}, n=3, seed=5 + 3 * k)
+        assert together[3 * k : 3 * k + 3].equal(alone)
+    first = {key: x[:1] for key, x in inputs.items()}
+    assert generate(model, first, n=1, seed=6)[0].equal(together[1]) and not together[0].equal(together[1])
+
+
+@torch.no_grad()
+def test_guidance_of_one_and_zero():
+    model = big(build(**GPT2)).double()
+    inputs = batch(model)
+    unconditional = generate(model, inputs | {"text": EMPTY.repeat(3, 1)}, cfg_scale=1.0)
+    assert generate(model, inputs, cfg_scale=0.0, cfg_schedule="constant").equal(unconditional)
+    assert not generate(model, inputs, cfg_scale=1.0).equal(unconditional)
+
+
+@torch.no_grad()
+def test_watch_sees_each_code():
+    model, seen = big(build()), []
+    codes = generate(model, batch(model), watch=lambda c: seen.append(c.clone()))
+    assert [int((c >= 0).sum()) for c in seen] == [6, 12, 18, 24, 30, 36] and seen[-1].equal(codes)
+
+
+OFFERS = {  # what else than a loss a model has
+    "gpt": {"generate", "score"},
+    "masked": {"generate"},
+    "captioner": {"score", "write_captions"},
+    "towers": {"score"},
+    "language_model": set(),
+    "llama": {"generate", "score"},
+}
+REFUSALS = {"generate": "samples no images", "score": "gives no score", "write_captions": "writes no captions"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_refuse_what_they_cannot_do(model):
+    """Any other model must offer something, and refuse the rest by the same errors."""
+    prior, found = build(model=model), set()
+    inputs = batch(prior)
+    uses = {
+        "generate": lambda: generate(prior, inputs, n=1),
+        "score": lambda: prior.score(inputs),
+        "write_captions": lambda: prior.write_captions(inputs["codes"], sampling(prior, 3), 1, 2),
+    }
+    for name, use in uses.items():
+        try:
+            result = use()
+        except ValueError as e:
+            assert f"--model {model} {REFUSALS[name]}" in str(e)
+            continue
+        found.add(name)
+        assert result.shape == {"generate": (3, 6), "score": (3,), "write_captions": (3, 5)}[name]
+        assert result.isfinite().all() and (name == "score" or (result >= 0).all())
+    assert found == OFFERS.get(model, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["causal", "row"])
+@torch.no_grad()
+def test_the_compiled_loop_samples_the_same_from_few_graphs(mask, monkeypatch):
+    """One graph for all lengths of the cache, one for its whole length."""
+    model = big(build(mask=mask, grid_h=12, grid_w=12))
+    inputs = batch(model, 2)
+    expected, compiled, graphs, lengths = generate(model, inputs), torch.compile, [], set()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch.compile", lambda f, mode, **how: compiled(f, backend=backend, fullgraph=True, **how))
+    torch._dynamo.reset()
+    model.compile_step()
+    step = model.compiled_trunk
+    model.compiled_trunk = lambda x, at, cache: lengths.add(cache.kv[0][0].shape[2]) or step(x, at, cache)
+    for _ in range(2):  # the second time with another cache
+        assert generate(model, inputs).equal(expected)
+    assert len(graphs) == 2 and lengths == {32, 64, 96, 128, 5 + 143}
+
+
+# --- settings and checkpoints ---
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"mask": "diagonal"}, "mask 'diagonal' is not known"),
-        ({"n_head": 3}, "not a multiple of n_head 3"),
-        ({"n_head": 0}, "n_head 0 is less than 1"),
-        ({"n_encoder": -1}, "n_encoder -1 is less than 0"),
-        ({"text_len": 2}, "text_len 2"),
-        ({"pos": "rotary", "n_embd": 12}, "head size that 4 divides"),
+        ({"mask": "diagonal"}, "mask 'diagonal' is not known; use causal, "),
+        ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3"),
+        ({"n_head": 0}, "n_head 0 is not a number of at least 1"),
+        ({"text_len": 2}, "text_len 2 is not a number of at least 3"),
+        ({"dropout": 1.5}, "dropout 1.5 is not in"),
+        ({"embed_grad": 0.0}, "embed_grad 0.0 is not in"),
+        ({"norm": "batchnorm"}, "norm 'batchnorm' is not known; use one of layernorm, "),
+        ({"pos": "rotary", "n_embd": 12}, "head size that is a multiple of 4, not 6"),
+        ({"pos": "sequence", "n_embd": 6}, "even head size, not 3"),
+        ({"n_embd": 4}, "too narrow for swiglu; use 7 or more, or --mlp gelu"),
+        ({"condition": "encoder", "n_encoder": 0}, "n_encoder 0 is not a number of at least 1"),
+        ({"condition": "text,coarse", "shrink": 1}, "shrink 1 is not a number of at least 2"),
+        (
+            {"condition": "text,coarse", "shrink": 3},
+            "shrink 3 does not divide 2x3 codes; use a number that divides both",
+        ),
     ],
+    ids=label,
 )
-def test_impossible_configs_are_refused(change, message):
+def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        GPT(replace(TINY, **change))
+        build(**change)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=["plain", "modern"])
-def test_overfits_one_batch(variant):
-    torch.manual_seed(0)
-    model = GPT(replace(TINY, n_embd=32, **variant))
-    text, codes = batch(TINY, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(80):
-        text_loss, image_loss = model(text, codes)
-        (text_loss + image_loss).backward()
-        optimizer.step(), optimizer.zero_grad()
-    assert float(image_loss) / codes.numel() < 0.1
+@pytest.mark.parametrize("condition", CASES)
+def test_settings_of_parts_join_the_config(condition):
+    """A prior is built again from its own config, as from config.json."""
+    model = build(condition=condition, grid_h=4, grid_w=2)
+    kind, cfg = prior_config(vars(model.cfg))
+    assert kind is type(model) and cfg == model.cfg
+    kind(cfg).load_state_dict(model.state_dict())
+    for name in condition.split(","):
+        assert CONDITIONS[name].Config is None or isinstance(cfg, CONDITIONS[name].Config)
 
 
-def test_the_caption_matters():
-    model = big_init(GPT(TINY))
-    text, codes = batch(TINY)
-    other = text.clone()
-    other[:, 1] = (other[:, 1] + 1) % TINY.n_vocab
-    assert (model.logits(text, codes)[1] - model.logits(other, codes)[1]).abs().amax((1, 2)).min() > 1e-4
+def test_initialisation():
+    """GPT-2's: std 0.02, over sqrt(2 n_layer) = 4 where branches join the residual stream."""
+    model = build(n_embd=128, n_layer=8)
+    for name, p in model.named_parameters():
+        if p.dim() >= 2 and p.numel() > 4000:
+            std = 0.02 / 4 if name.endswith(("f.out.weight", "f.down.weight")) else 0.02
+            assert abs(float(p.detach().std()) - std) < 0.05 * std, name
+
+
+@pytest.mark.parametrize("condition", CASES)
+def test_positions_are_interpolated_for_another_grid(condition):
+    """--init with a larger grid; a condition that the other prior did not have keeps its initialisation."""
+    small, large = build(**PICTURE), build(condition=condition, grid_h=8, grid_w=4)
+    fitted = resize_grid(small.state_dict(), large)
+    assert fitted["grid.column"].equal(small.grid.column) and fitted["grid.row"].shape == (8, 1, 16)
+    rows = small.grid.row.detach()
+    expected = F.interpolate(rows[:, 0].t()[None], 8, mode="linear")[0].t()
+    assert torch.allclose(fitted["grid.row"][:, 0], expected, atol=EPS) and expected[0].equal(rows[0, 0])
+    if "text" in condition:
+        large.load_state_dict(fitted)
+    own = {k: v for k, v in large.state_dict().items() if k.startswith("conditions.") and ".text." not in k}
+    assert all(fitted[k].equal(v) for k, v in own.items())

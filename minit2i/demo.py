@@ -1,0 +1,56 @@
+"""Both stages of a paper in a few minutes on two cores: what `python -m minit2i.papers.NAME` runs.
+
+It prints and runs the commands that a reader would type: train_vq.py, train_prior.py and sample.py on generated
+scenes, with the paper's recipe at a small size.  Stopped, it goes on where it was.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parent.parent
+DATA = "--data scenes:6000 --image_size 32 --workers 1"
+VQ = "--stride 4 --n_codes 256 --batch_size 16 --steps 600 --warmup 30 --eval_every 300 --perceptual none"
+PRIOR = "--n_layer 4 --n_head 4 --n_embd 128 --text_len 28 --vocab_size 512"
+PRIOR += " --batch_size 16 --steps 1500 --warmup 50 --eval_every 500"
+PROMPTS = (
+    "a large red circle",
+    "a large green triangle on a black background",
+    "two striped cyan squares",
+    "a large yellow star above a small blue square",
+)
+
+
+def run(script, flags):
+    """Print and run a script of the checkout; ValueError if it fails."""
+    print(f"\n$ python {script} {flags}", flush=True)
+    if not (CHECKOUT / script).exists():
+        sys.exit(f"error: {CHECKOUT / script} is not there; run this in a checkout of the repository")
+    if code := subprocess.run([sys.executable, CHECKOUT / script, *shlex.split(flags)]).returncode:
+        sys.exit(code)
+
+
+def demo(name, doc, expect, vq="", prior="", sample=""):
+    """Train both stages of recipe `name` and sample a grid.
+
+    doc: the paper's docstring; expect: what the grid shows; vq, prior, sample: further flags of the three scripts.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=f"out/papers/{name}", help="folder of both runs and the grid")
+    parser.add_argument("--steps", type=int, help="steps of both stages, to try whether it runs [the paper's own]")
+    args = parser.parse_args()
+    steps = f" --steps {args.steps} --eval_every {args.steps}" if args.steps else ""
+    game = f" --gan_start {args.steps // 2}" if args.steps and "--gan_start" in vq else ""
+    out = Path(args.out)
+    print(doc.partition("\n")[0])
+    run("train_vq.py", f"--recipe {name} {DATA} {VQ} {vq}{steps}{game} --out {shlex.quote(str(out / 'vq'))} --resume")
+    run(
+        "train_prior.py",
+        f"--recipe {name} {DATA} {PRIOR} {prior}{steps} --vq {shlex.quote(str(out / 'vq'))} "
+        f"--cache {shlex.quote(str(out / 'cache'))} --out {shlex.quote(str(out / 'prior'))} --resume",
+    )
+    (out / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    run("sample.py", f"--model {out / 'prior'} --prompts {out / 'prompts.txt'} {sample} --out {out / 'grid.png'}")
+    print(f"\n{out / 'grid.png'}, four images a row: " + "; ".join(PROMPTS) + f"\nexpect: {expect}")

@@ -1,0 +1,216 @@
+"""The six papers' systems on the same data, steps and number of parameters, in one table.
+
+    python -m minit2i.experiments.systems --data scenes --out out/systems \\
+        --vq "--steps 600 --discriminator none" --prior "--steps 2000"
+    python -m minit2i.experiments.systems --data emoji/train --compose emoji/compose --out out/emoji-systems ...
+
+Every recipe (papers/*.py) is trained with its paper's choices; only widths change, until tokenizer and prior are
+within 10 % of --vq_params and --prior_params.  --vq and --prior hold further flags of train_vq.py and train_prior.py,
+for all recipes. A row is the folder OUT/RECIPE: vq, prior, images.png and row.json (figures, settings, model hash,
+flags).  A finished row is not run again, a stopped one resumes; table.md, curves.png and images.png are made from the
+rows that exist.
+
+Not as published: muse without T5 learns its own text embedding, lm starts from scratch (a language model would bring
+its own width), and parti's text encoder is not pre-trained.  muse's validation loss is of hidden codes only and
+compares with no other.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from math import log
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from PIL import Image, ImageDraw
+
+from minit2i.checkpoint import file_hash, read_config, write_file
+from minit2i.config import Config, Group, above, at_least, pick
+from minit2i.data import DataConfig, captions, parse_size, split
+from minit2i.experiments.evaluate import recall, scene_accuracy, seconds_per_image
+from minit2i.experiments.tokenizers import run_script
+from minit2i.flags import add_flags, named, new_parser
+from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, build_prior
+from minit2i.papers import RECIPES
+from minit2i.plot import grid_image, plot, read_log, save_image, smooth
+from minit2i.sample import Pipeline
+from minit2i.train import n_params, pick_device, run
+from minit2i.vq import QUANTIZERS, VQConfig, build_vq
+
+N_HEAD = 4  # of every prior, so that widths can be multiples of 8
+
+
+@dataclass(frozen=True)
+class SystemsConfig(Config):
+    """What to compare."""
+
+    group = Group("Comparison")
+    out: Annotated[str, "folder of the rows, the table, the curves and the images"]
+    data: Annotated[str, "as in both scripts: scenes, a folder or shards"] = "scenes"
+    recipes: Annotated[str, "the rows"] = ",".join(RECIPES)
+    image_size: Annotated[str, "64, or HEIGHTxWIDTH"] = "64"
+    n_codes: Annotated[int, "codebook size", at_least(1)] = 1024
+    vocab_size: Annotated[int, "tokens of the text model", at_least(1)] = 512
+    vq_params: Annotated[int, "parameters of each tokenizer", above(0)] = 500_000
+    prior_params: Annotated[int, "parameters of each prior", above(0)] = 1_000_000
+    vq: Annotated[str, "further flags of train_vq.py, as one string"] = ""
+    prior: Annotated[str, "further flags of train_prior.py, as one string"] = ""
+    compose: Annotated[str, "folder of captioned images for the recall (see evaluate.py)"] = ""
+    prompts_per_category: Annotated[int, "scenes per category, to measure accuracy", at_least(1)] = 100
+    seed: Annotated[int, "seed of everything random"] = 0
+    device: Annotated[str, "auto, cpu, cuda, mps"] = "auto"
+
+
+# --- the same number of parameters -------------------------------------------------------------------
+
+
+def fit_width(build, rows, target):
+    """Rows of ever larger settings -> the first with a model within 10 % of `target` parameters; else ValueError."""
+    near = []
+    for row in rows:
+        for settings in row:
+            try:
+                with torch.device("meta"):
+                    near.append(n_params(build(settings)))
+            except ValueError:  # a width that this backbone cannot have
+                continue
+            if abs(near[-1] / target - 1) <= 0.1:
+                return settings
+            if near[-1] > target:
+                break
+    nearest = min(near, key=lambda n: abs(log(n / target)))
+    raise ValueError(f"no width gives {build.__name__} within 10 % of {target} parameters; the nearest has {nearest}")
+
+
+def model_settings(recipe, flags, config, *registries):
+    """A recipe's settings of the model, updated by those flags of --vq or --prior that concern the model."""
+    parser = new_parser("", argument_default=argparse.SUPPRESS, add_help=False)
+    parts = [getattr(part, "Config", None) for registry in registries for part in registry.values()]
+    add_flags(parser, config, *filter(None, dict.fromkeys(parts)))
+    return asdict(config()) | recipe | vars(parser.parse_known_args(shlex.split(flags))[0])
+
+
+def widths(name, cfg):
+    """Recipe -> the flags that give its tokenizer and its prior the wanted numbers of parameters."""
+    vq = model_settings(RECIPES[name]["vq"], cfg.vq, VQConfig, QUANTIZERS) | {"n_codes": cfg.n_codes}
+    depths = sorted(range(1, 9), key=lambda n: abs(n - vq["n_res"]))  # the recipe's own first
+    vq = fit_width(build_vq, [[vq | {"ch": ch, "n_res": n} for ch in range(4, 257, 4)] for n in depths], cfg.vq_params)
+    height, width = parse_size(cfg.image_size)
+    shape = dict(n_head=N_HEAD, n_codes=cfg.n_codes, n_vocab=cfg.vocab_size)
+    shape |= dict(grid_h=height // vq["stride"], grid_w=width // vq["stride"])
+    prior = model_settings(RECIPES[name]["prior"], cfg.prior, GPTConfig, MODELS, CONDITIONS) | shape
+    prior = fit_width(build_prior, [[prior | {"n_embd": n} for n in range(64, 1025, 8)]], cfg.prior_params)
+    return {"ch": vq["ch"], "n_res": vq["n_res"]}, {"n_embd": prior["n_embd"], "n_head": N_HEAD}
+
+
+# --- a row -------------------------------------------------------------------------------------------
+
+
+def minutes(folder, work, rate):
+    """Time of a training without its evaluations: work over the median of the logged rates."""
+    return work / statistics.median(r[rate] for r in read_log(folder / "log.jsonl") if rate in r) / 60
+
+
+def measure(folder, prompts, cfg):
+    """The trained row in a folder -> its figures {column: value}, settings and model hash; writes images.png."""
+    pipe, parts = Pipeline(folder / "prior", pick_device(cfg.device)), {k: folder / k for k in ("vq", "prior")}
+    sampling, said = replace(pipe.sampling, n=1), {part: read_config(parts[part])["train"] for part in parts}
+    last = {k: v for part in parts.values() for r in read_log(part / "log.jsonl") for k, v in r.items()}
+    figures = {
+        "tokenizer, M": n_params(pipe.vq) / 1e6,
+        "prior, M": n_params(pipe.model) / 1e6,
+        "PSNR, dB": last["val_psnr"],
+        "codes used, %": 100 * last["code_use"],
+        "nats/code": last["val_image_loss"],
+    }
+    if cfg.data.startswith("scenes"):
+        table = scene_accuracy(pipe, sampling, cfg.prompts_per_category, say=lambda line: None)
+        figures |= {f"{name}, %": 100 * value for name, value in table["seen"].items()}
+        figures["held-out, %"] = 100 * table["held_out"]["overall"]
+        figures["tokenizer alone, %"] = 100 * table["tokenizer"]["overall"]
+    if cfg.compose:
+        found = recall(pipe, sampling, cfg.compose, [cfg.data])[0]
+        figures |= {"own image, %": 100 * found["own"], "right concept, %": 100 * found["concept"]}
+    n_images = said["vq"]["steps"] * said["vq"]["batch_size"]
+    n_tokens = said["prior"]["steps"] * said["prior"]["batch_size"] * pipe.model.layout.length
+    figures["training tokenizer, min"] = minutes(parts["vq"], n_images, "images_per_s")
+    figures["training prior, min"] = minutes(parts["prior"], n_tokens, "tokens_per_s")
+    figures["seconds/image"] = seconds_per_image(pipe, prompts[0], sampling)
+    images = torch.cat([images for _, images in pipe(prompts, sampling)])
+    save_image(folder / "images.png", grid_image(images.cpu(), len(images)), prompts=json.dumps(prompts))
+    return {"figures": figures, "settings": asdict(sampling), "model": pipe.hash}
+
+
+def make_row(name, folder, own, prompts, cfg):
+    """Train and measure a recipe with its own widths -> row.json, which is only read if its flags are the same."""
+    same = {"data": cfg.data, "image_size": cfg.image_size, "seed": cfg.seed, "device": cfg.device, "recipe": name}
+    flags = [
+        {**same, "n_codes": cfg.n_codes, **own[0]},
+        {**same, "vocab_size": cfg.vocab_size, **own[1], "vq": str(folder / "vq")},
+    ]
+    lines = [
+        [*(str(x) for k, v in some.items() for x in (f"--{k}", v)), *shlex.split(more)]
+        for some, more in zip(flags, (cfg.vq, cfg.prior))
+    ]
+    asked = {"flags": lines, "compose": cfg.compose, "prompts_per_category": cfg.prompts_per_category}
+    path = folder / "row.json"
+    if path.exists() and (row := json.loads(path.read_text()))["asked"] == asked:
+        return row
+    for script, part, line in zip(("train_vq.py", "train_prior.py"), ("vq", "prior"), lines):
+        run_script(script, line, folder / part)
+    learned, now = (file_hash(folder / part / "model.safetensors") for part in ("prior/vq", "vq"))
+    if learned != now:
+        raise ValueError(f"{folder / 'prior'} was trained on earlier codes of {folder / 'vq'}; use another --out")
+    row = measure(folder, prompts, cfg) | {"asked": asked}
+    write_file(path, json.dumps(row, indent=1) + "\n")
+    return row
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+
+def report(out, rows):
+    """{recipe: row} -> the table, a line per figure; writes table.md, curves.png and images.png."""
+    figures = {name: row["figures"] for name, row in rows.items()}
+    lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for key in next(iter(figures.values())):
+        lines.append(f"| {key} | " + " | ".join(f"{some[key]:.3g}" for some in figures.values()) + " |")
+    table = "\n".join(lines) + "\n"
+    write_file(Path(out, "table.md"), table)
+    logs = {name: [r for r in read_log(Path(out, name, "prior", "log.jsonl")) if "image_loss" in r] for name in rows}
+    curves = {name: smooth([(r["step"], r["image_loss"]) for r in log], 5) for name, log in logs.items()}
+    save_image(Path(out, "curves.png"), plot(curves, "image loss in training, nats/code"))
+    strips = [Image.open(Path(out, name, "images.png")) for name in rows]
+    side = 60  # for the names
+    grid = Image.new("RGB", (side + strips[0].width, sum(im.height for im in strips)), "white")
+    for k, (name, strip) in enumerate(zip(rows, strips)):
+        grid.paste(strip, (side, k * strip.height))
+        ImageDraw.Draw(grid).text((4, k * strip.height + strip.height // 2 - 6), name, fill="black")
+    save_image(Path(out, "images.png"), grid, prompts=strips[0].text["prompts"])
+    return table
+
+
+def main():
+    parser = new_parser(__doc__)
+    add_flags(parser, SystemsConfig)
+    cfg = pick(SystemsConfig, parser.parse_args())
+    names = cfg.recipes.split(",")
+    for name in names:
+        named("recipe", name, RECIPES)  # ValueError for an unknown one
+    if cfg.compose and not (Path(cfg.compose).is_dir() and Path(cfg.data).is_dir()):
+        raise ValueError(f"--compose {cfg.compose} with --data {cfg.data}: the recall needs two folders of images")
+    _, (source, indices) = split(DataConfig(data=cfg.data, image_size=cfg.image_size))
+    firsts = (next(captions(source, [i]), None) for i in indices)  # of each image that has a caption
+    if not (prompts := list(islice(filter(None, firsts), 8))):
+        raise ValueError(f"none of the {len(indices)} validation images of {cfg.data} has a caption")
+    own = {name: widths(name, cfg) for name in names}  # before any training: one may be impossible
+    rows = {name: make_row(name, Path(cfg.out, name), own[name], prompts, cfg) for name in names}
+    print(report(cfg.out, rows))
+
+
+if __name__ == "__main__":
+    run(main)

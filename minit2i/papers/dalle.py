@@ -1,0 +1,247 @@
+"""DALL-E: Zero-Shot Text-to-Image Generation, Ramesh et al., 2021-02, arXiv:2102.12092.
+
+What it adds
+    tokenizer   dVAE: max-pooling, bottleneck blocks of small gain             DVAEEncoder, DVAEDecoder
+                Gumbel-softmax mixtures of codes, KL to the uniform distribution  GumbelQuantizer
+                a likelihood for pixels in [0, 1]: logit-Laplace               logit_laplace
+    prior       text and codes in one sequence, text 1/8 of the loss           gpt.py:GPT, --text_weight
+                row, column, convolutional masks; their order over layers      attention.py:row, mask_order
+                a pad token for each text position, BPE dropout                tokens.py:Text
+                a gradient scale for each resblock; float32 where it matters   fp16.py:BlockScaler, --fp32_logits
+                PowerSGD compresses the gradients of the blocks                parallel.py:PowerSGD
+                samples ranked by a contrastive model                          parti.py:Towers, --best_of --judge
+
+What differs here
+    The first batch sets the Gumbel logits to mean 0 and variance 1: otherwise a few codes dominate and the rest die.
+    The log-scale of logit-Laplace is bounded: flat images would have an unbounded density.
+    Codes enter the decoder as rows of --code_dim channels (DALL-E: one-hot); the encoder reads [-1, 1], not phi(x).
+    Text and codes have an output layer each (DALL-E: one softmax over both).  Pads are never targets.
+    Learning rates fall along a cosine (the paper's prior: halved at plateaus); weights average every update (every 25).
+    A tenth of the captions is dropped, which lets sampling use guidance.
+
+Commands
+    python -m minit2i.papers.dalle                                     both stages on generated scenes, in minutes
+    python train_vq.py --recipe dalle --data path/to/images --out out/dalle-vq
+    python train_prior.py --recipe dalle --data path/to/images --vq out/dalle-vq --out out/dalle
+    python sample.py --model out/dalle --prompt "a red circle" --out dalle.png
+
+results: minit2i/experiments/README.md, "sparse-masks", "float16", "quantizers"
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from minit2i.attention import MASK_ORDERS
+from minit2i.collectives import all_reduce_sum
+from minit2i.config import Config, at_least
+from minit2i.demo import demo
+from minit2i.vq import BACKBONES, OUTPUTS, QUANTIZERS, RECON_LOSSES, count_codes, finite
+
+# --- STAGE 1: tokenizer ----------------------------------------------------------------------------------
+# Shapes: B batch, H W image, h w code grid, N = B*h*w latents, C code channels, V codebook size.
+
+
+class Bottleneck(nn.Module):
+    """x (B, a, h, w) -> (B, b, h, w): a branch of width b/4, added with the factor `gain`.
+
+    App. A.1: gain = 1/n_layers^2.  Kernels are 3 3 3 1 in the encoder and 1 3 3 3 in the decoder.
+    """
+
+    def __init__(self, a, b, gain, kernels):
+        super().__init__()
+        widths = [a, *[max(1, b // 4)] * 3, b]
+        convs = [nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in zip(widths, widths[1:], kernels)]
+        self.branch = nn.Sequential(*(m for conv in convs for m in (nn.ReLU(), conv)))
+        self.skip = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
+        self.gain = gain
+
+    def forward(self, x):
+        return self.skip(x) + self.gain * self.branch(x)
+
+
+def dvae_groups(cfg):
+    """Channels of the groups at strides 1, 2, 4 ... cfg.stride, and the gain of all blocks."""
+    ws = [cfg.ch * 2**i for i in range(cfg.stride.bit_length())]
+    return ws, 1 / (len(ws) * cfg.n_res) ** 2
+
+
+def init_unit_gain(m):
+    """Weights of variance 1/fan-in and zero biases, as DALL-E's release initialises its convolutions."""
+    if isinstance(m, nn.Conv2d):
+        nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
+        nn.init.zeros_(m.bias)
+
+
+class DVAEEncoder(nn.Sequential):
+    """7x7 convolution, groups of bottlenecks with max-pooling between, 1x1: (B, 3, H, W) -> (B, width, h, w)."""
+
+    def __init__(self, cfg, width):
+        ws, gain = dvae_groups(cfg)
+        layers, last = [nn.Conv2d(3, cfg.ch, 7, padding=3)], cfg.ch
+        for i, w in enumerate(ws):
+            layers += [nn.MaxPool2d(2)] if i else []
+            layers += [Bottleneck(w if k else last, w, gain, (3, 3, 3, 1)) for k in range(cfg.n_res)]
+            last = w
+        super().__init__(*layers, nn.ReLU(), nn.Conv2d(last, width, 1))
+        self.apply(init_unit_gain)
+
+
+class DVAEDecoder(nn.Sequential):
+    """1x1, groups of bottlenecks with nearest upsampling between, 1x1: (B, width, h, w) -> (B, maps, H, W)."""
+
+    def __init__(self, cfg, width):
+        ws, gain = dvae_groups(cfg)
+        last = max(1, cfg.ch // 2)
+        layers = [nn.Conv2d(width, last, 1)]
+        for i, w in enumerate(ws[::-1]):
+            layers += [nn.Upsample(scale_factor=2)] if i else []
+            layers += [Bottleneck(w if k else last, w, gain, (1, 3, 3, 3)) for k in range(cfg.n_res)]
+            last = w
+        super().__init__(*layers, nn.ReLU(), nn.Conv2d(last, cfg.maps, 1))
+        self.apply(init_unit_gain)
+
+
+def cosine(step, steps, first, last):
+    """From `first` to `last` over `steps`, along half a cosine.  Linear schedules diverge (app. A.2)."""
+    return last + (first - last) * (1 + math.cos(math.pi * min(1, step / max(1, steps)))) / 2
+
+
+class GumbelQuantizer(nn.Module):
+    """The encoder gives a logit for each code; the decoder gets a mixture of code vectors.  Sec. 2.1, app. A.2.
+
+    In training the mixture is a Gumbel-softmax sample, else the most likely code.  The temperature falls from 1 to
+    1/16 and the KL weight rises from 0 to 6.6.  The KL to the uniform distribution, in nats, is summed over an
+    image's codes and divided by its 3 H W values, as DALL-E divides the whole bound: 1 / (3 stride^2) per code.
+    """
+
+    first_step = 0
+
+    @dataclass(frozen=True)
+    class Config(Config):
+        """Settings of --quantizer gumbel."""
+
+        group = "Quantizer gumbel"
+        kl_weight: Annotated[float, "final weight of the KL to the uniform distribution", at_least(0)] = 6.6
+        kl_steps: Annotated[int, "steps over which that weight rises from 0", at_least(0)] = 5000
+        tau_steps: Annotated[int, "steps to temperature 1/16 (DALL-E: 150,000)", at_least(0)] = 5000
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.register_buffer("ema_count", torch.ones(cfg.n_codes))
+        self.codebook = nn.Parameter(self.norm(torch.randn(cfg.n_codes, cfg.code_dim)))
+        self.register_buffer("shift", torch.zeros(cfg.n_codes))
+        self.register_buffer("scale", torch.ones(()))
+
+    @staticmethod
+    def widths(cfg):
+        return cfg.n_codes, cfg.code_dim
+
+    def norm(self, codes):
+        return F.normalize(codes.float(), dim=-1) if self.cfg.l2_norm else codes.float()
+
+    def forward(self, z, train=False, step=0):
+        """z (N, V) -> z_q (N, C), codes (N,), weighted KL ()."""
+        logits = (z.float() - self.shift) * self.scale  # (N, V)
+        codes = logits.argmax(1)
+        if not train:
+            return self.lookup(codes), codes, logits.new_zeros(())
+        cfg = self.cfg
+        log_p = logits.log_softmax(1)
+        kl = (log_p.exp() * (log_p + math.log(cfg.n_codes))).sum(1).mean()
+        soft = F.gumbel_softmax(logits, cosine(step, cfg.tau_steps, 1.0, 1 / 16))
+        weight = cosine(step, cfg.kl_steps, 0.0, cfg.kl_weight) / (3 * cfg.stride**2)
+        return soft @ self.norm(self.codebook), codes, weight * kl
+
+    def lookup(self, codes):
+        """codes (...) -> latents (..., C)."""
+        return self.norm(F.embedding(codes, self.codebook))
+
+    @torch.no_grad()
+    def start(self, z):
+        """Shift and scale the logits to mean 0 per code and variance 1 overall on z (N, V)."""
+        valid = z.isfinite().all(1, keepdim=True)
+        z, n = torch.where(valid, z.float(), self.shift), all_reduce_sum(valid.sum()).clamp_min(1)
+        self.shift.copy_(all_reduce_sum(z.sum(0)) / n)
+        variance = all_reduce_sum(((z - self.shift).square() * valid).sum()) / (n * z.shape[1])
+        self.scale.copy_(variance.clamp_min(1e-12).rsqrt())
+
+    @torch.no_grad()
+    def update(self, z, codes, step):
+        """Update the counts from a step's z (N, V) and codes (N,)."""
+        self.ema_count.lerp_(count_codes(codes, finite(z)[1], self.cfg.n_codes), 1 - self.cfg.decay)
+
+
+EPS = 0.1  # app. A.3: pixels in [0, 1] are mapped into [EPS, 1 - EPS]
+LOWEST = -5.0  # of ln b: a scale of 0.007, half an 8-bit step
+
+
+def logit_laplace(maps, image, target):
+    """Negative log-likelihood per value under the logit-Laplace distribution, in nats.  App. A.3.
+
+    maps (B, 6, H, W) hold mu and ln b, target (B, 3, H, W) is in [-1, 1] and mapped by phi(x) = (1 - 2e) x + e from
+    [0, 1]. Density 1 / (2 b x (1 - x)) exp(-|logit(x) - mu| / b).  Deviation: ln b is at least LOWEST.
+    """
+    mu, ln_b = maps.float().chunk(2, 1)
+    ln_b = ln_b.clamp_min(LOWEST)
+    x = (1 - 2 * EPS) * (target.float() + 1) / 2 + EPS
+    return ((x.logit() - mu).abs() * (-ln_b).exp() + ln_b + (2 * x * (1 - x)).log()).mean()
+
+
+def laplace_image(maps):
+    """The image phi^-1(sigmoid(mu)) of maps (B, 6, H, W) -> (B, 3, H, W), at most slightly outside [-1, 1]."""
+    mu = maps.float().chunk(2, 1)[0]
+    return 2 * (mu.sigmoid() - EPS) / (1 - 2 * EPS) - 1
+
+
+BACKBONES["dvae"] = (DVAEEncoder, DVAEDecoder)
+QUANTIZERS["gumbel"] = GumbelQuantizer
+RECON_LOSSES["logit_laplace"] = logit_laplace
+OUTPUTS["logit_laplace"] = (6, laplace_image)
+
+
+# --- STAGE 2: prior --------------------------------------------------------------------------------------
+
+
+def mask_order(n_layer):
+    """Each layer's mask: column in layers 2, 6, 10 ... counted from 1, conv in the last, row in the others (app.
+    B.1)."""
+    return [("row", "column", "row", "row")[i % 4] for i in range(n_layer - 1)] + ["conv"]
+
+
+MASK_ORDERS["dalle"] = mask_order
+
+
+# --- RECIPE ----------------------------------------------------------------------------------------------
+
+RECIPE = {  # sec. 2, app. A.2, B; codebook and steps are a laptop's, for images of 64 pixels
+    "vq": dict(
+        backbone="dvae", quantizer="gumbel", stride=8, ch=32, kl_steps=500, tau_steps=2500, recon="logit_laplace"
+    )
+    | dict(beta2=0.999, weight_decay=1e-4, ema=0.999, min_lr=0.0125),
+    "prior": dict(norm="layernorm", mlp="gelu", qk_norm=False, pos="learned", mask="dalle", fp32_logits=True)
+    | dict(text_weight=1 / 8, bpe_dropout=0.1, beta2=0.96, weight_decay=0.045, clip=4.0, block_scale=True),
+}
+
+LARGE = dict(
+    norm="layernorm", mlp="gelu", qk_norm=False, n_codes=8192, grid_h=32, grid_w=32
+)  # 256x256 pixels, stride 8
+SIZES = {  # app. B.1
+    "dalle-12b": LARGE
+    | dict(n_layer=64, n_head=62, n_embd=3968, text_len=256, n_vocab=16384, mask="dalle", fp32_logits=True)
+}
+
+
+if __name__ == "__main__":
+    demo(
+        "dalle",
+        __doc__,
+        expect="TODO",
+        vq="--ch 16 --lr 2e-3 --kl_steps 60 --tau_steps 300 --kl_weight 0.2",
+        prior="--optimizer muon --lr 3e-3",
+    )
