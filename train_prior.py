@@ -58,7 +58,7 @@ class PriorTrainConfig(TrainConfig):
     steps: Annotated[int, "optimizer steps", at_least(0)] = 10000
     lr: Annotated[float, "peak learning rate"] = 1e-3
     weight_decay: Annotated[float, "decoupled weight decay of matrices", at_least(0)] = 0.045
-    beta1: float = 0.9
+    beta1: float = 0.9  # plain fields: no flags here
     min_lr: float = 0.05
     ema: Annotated[float, "decay of the averaged weights, which are what is saved; 0: none", between(0, 1)] = 0.999
     optimizer: Annotated[str, "muon: Muon for the matrices of blocks, AdamW for the rest", ("adamw", "muon")] = "adamw"
@@ -134,7 +134,9 @@ def load_images(model, model_cfg, data_cfg, cfg, procs):
     text = read_captions(model_cfg, cfg, sets, procs)
     crops, val_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed), Crops(val_source, val, data_cfg)
     views = {"codes": (lambda images: images, "")}
-    views |= dict(condition.view(model_cfg) for condition in conditions_of(model_cfg) if condition.view(model_cfg))
+    views |= dict(
+        condition.extra_codes(model_cfg) for condition in conditions_of(model_cfg) if condition.extra_codes(model_cfg)
+    )
 
     def caches(crops):
         return {key: code_cache(cfg.cache, crops, vq, procs, view, name) for key, (view, name) in views.items()}
@@ -149,7 +151,7 @@ def load_images(model, model_cfg, data_cfg, cfg, procs):
     val_set = Coded(val_source, val, val_caches, text)
     seen = Coded(source, train, train_caches, text)  # training samples as they are, nothing dropped
     shown = {
-        title: [(some[i], some.captions(some.rows[i])[0]) for i in range(min(4, len(some)))]
+        title: [(some[i], some.captions(some.rows[i])[0]) for i in range(0, len(some), -(-len(some) // 4))]
         for title, some in (("training", seen), ("validation", val_set))
     }
     return Data(text, train_set, val_set, vq, grid, shown, skipped)
@@ -184,9 +186,9 @@ def make_model(model, model_cfg, cfg, data):
     prior = model(model_cfg)
     prior.check(cfg.text_weight)
     if cfg.init and not cfg.resume:
-        load_model(cfg.init, prior, trained_as(cfg.init).hand_over).train()
+        load_model(cfg.init, prior, trained_as(cfg.init).tensors_for).train()
     elif not cfg.resume:
-        prior.start()
+        prior.load_start()
     return prior
 
 
@@ -331,7 +333,7 @@ def main():
             check_finite(model, procs, step)
             save_run(cfg.out, config, step, learners, ema, n_cut=int(procs.sum([n_cut])[0]))
             if procs.main:
-                model.saved(cfg.out, data.text)
+                model.after_save(cfg.out, data.text)
         if ending:
             break
 

@@ -44,9 +44,7 @@ class VQDataConfig(DataConfig):
 class VQTrainConfig(LossConfig, TrainConfig):
     """How to train the tokenizer."""
 
-    train: Annotated[
-        str, "what of --init to train; the rest stays as it is", Group("Run"), ("all", "decoder", "upsampler")
-    ] = "all"
+    train: Annotated[str, "the part of --init to train", Group("Run"), ("all", "decoder", "upsampler")] = "all"
     lr: Annotated[float, "peak learning rate", Group("Optimizer"), above(0)] = 1e-3
 
 
@@ -55,9 +53,7 @@ def settle(model_cfg, data_cfg, cfg):
     if cfg.train != "all" and not cfg.init:
         raise ValueError(f"--train {cfg.train} needs --init, the folder of a trained tokenizer")
     if (model_cfg.upsampler != "none") != (cfg.train == "upsampler"):
-        raise ValueError(
-            "an upsampler is trained on a trained tokenizer: use --init X --train upsampler --upsampler wdsr"
-        )
+        raise ValueError("an upsampler needs a trained tokenizer: use --init X --train upsampler --upsampler wdsr")
     if cfg.train == "upsampler" and output_of(cfg.recon) != "rgb":
         raise ValueError(f"an upsampler gives images, not distributions: --recon {cfg.recon} needs l1 or l2 instead")
     if cfg.train != "upsampler":

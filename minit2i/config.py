@@ -4,7 +4,7 @@ them.
     lr: Annotated[float, "peak learning rate", Group("Optimizer"), above(0)] = 1e-3
 
 flags.py turns the annotated fields into command-line flags; plain fields (a vocabulary's size) are filled in by the
-scripts. A frozen dataclass that inherits from Config checks its own bounds when it is built, wherever that happens.
+scripts. A frozen dataclass that inherits from Settings checks its own bounds when it is built, wherever that happens.
 """
 
 import math
@@ -79,7 +79,7 @@ def annotations(config):
     return {f.name: found[f.name] for f in fields(config) if f.name in found}
 
 
-class Config:
+class Settings:
     """Base of all config dataclasses: choices and bounds are checked once, here."""
 
     def __post_init__(self):

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from minit2i import scenes
 from minit2i.collectives import barrier, gather_objects, rank_and_world
-from minit2i.config import Config, Group, at_least
+from minit2i.config import Settings, Group, at_least
 from minit2i.scenes import caption, render, scene_at
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -42,7 +42,7 @@ class BadEntry(Exception):
 
 
 @dataclass(frozen=True)
-class DataConfig(Config):
+class DataConfig(Settings):
     """The images and how they are cropped."""
 
     group = "Data"

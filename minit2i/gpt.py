@@ -1,8 +1,8 @@
 """Stage 2: a GPT over one sequence, caption and then image codes.
 
-    position   0 ........ T-1 | T ............. T+N-1
-    token      text and pads  | codes in raster order
-    predicts   1 ........ T-1 | 0 ... N-1, code n from position T-1+n
+    position   0 ......... T-2   T-1   | T ...... T+N-2     T+N-1
+    token      text and pads           | code 0 ... code N-2  code N-1
+    predicts   text 1 .. T-1   code 0  | code 1 ... code N-1  nothing
 
 DALL-E's prior (arXiv:2102.12092 sec. 2.2) on nanoGPT-sized blocks.  The papers' files add to it along two axes:
 
@@ -10,7 +10,8 @@ DALL-E's prior (arXiv:2102.12092 sec. 2.2) on nanoGPT-sized blocks.  The papers'
     CONDITIONS  what it is conditioned on: modules that put positions before the codes, or give a memory  --condition
                 that all blocks attend to
 
-A batch is a dict of tensors: "text" (B, T), "codes" (B, N), and what its conditions read.
+A batch is a dict of tensors: "text" (B, T) ids (or a frozen encoder's states (B, T, W)), "codes" (B, N), and what its
+conditions read.
 
 Shapes: B batch, T text length, P prefix length, h w code grid, N = h*w, L = P+N, S positions at hand, M memory length,
 D width, H heads, K head size, V vocabulary.
@@ -26,14 +27,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from minit2i.attention import AttentionMask, Layout, attend, dense_attention, layer_masks
-from minit2i.config import Config, Group, at_least, between, merge, pick
+from minit2i.config import Settings, Group, at_least, between, merge, pick
 from minit2i.fp16 import ALPHA, Enter, Leave, PBLayerNorm, shrink_gradient
 
 HALF = Group("Half precision")
 
 
 @dataclass(frozen=True)
-class GPTConfig(Config):
+class GPTConfig(Settings):
     """The prior's shape; stored in its checkpoint.  Plain fields come from tokenizer, text model or a paper's file."""
 
     model: Annotated[str, "how it learns and samples"] = "gpt"
@@ -331,7 +332,7 @@ class Condition(nn.Module):
     """One thing that the codes are conditioned on; a prior may have several.
 
     `length` positions stand before the codes, or `memory_length` states are attended to by all blocks.  A condition
-    that is another image's codes names them with `view`.
+    that is another image's codes names them with `extra_codes`.
     """
 
     Config = None  # the dataclass of its settings
@@ -354,7 +355,7 @@ class Condition(nn.Module):
         """What turns captions into the batch's "text" in place of the checkpoint's SentencePiece model."""
 
     @staticmethod
-    def view(cfg):
+    def extra_codes(cfg):
         """None, or (key, (f, name)): the batch's `key` holds the codes of f(images (B, 3, H, W)); name: what f is."""
 
     def prefix(self, batch, embed):
@@ -418,17 +419,17 @@ class Prior(nn.Module):
         return None
 
     @staticmethod
-    def hand_over(tensors, model):
+    def tensors_for(tensors, model):
         """This class's tensors as the start of another prior (--init); ValueError if they cannot be."""
         return resize_grid(tensors, model)
 
     def check(self, text_weight):
         """ValueError if it cannot learn as its settings say."""
 
-    def start(self):
+    def load_start(self):
         """Load initial weights that the settings name."""
 
-    def saved(self, folder, text):
+    def after_save(self, folder, text):
         """Called on the first process after a checkpoint was written, with the text model."""
 
     def corrupt(self, batch, seeds):
@@ -617,9 +618,9 @@ class GPT(Prior):
         """Sample codes one by one from a cache: -> codes (B, N).
 
         batch: the conditions of P prompts (no "codes"); each gets B / P images, one for each of the sampler's seeds.
-        empty (T,): the text of the empty caption, for guidance.  known (B, N): given codes, -1 where to sample (a
-        code is conditioned on those before it only).  watch(codes): called after each code, with -1 where there is
-        none yet.
+        empty (T,): the text that guidance leads away from, the empty caption's.  known (B, N): given codes, -1 where
+        to sample (a code is conditioned on those before it only).  watch(codes): called after each code, with -1
+        where there is none yet.
         """
         n_prompts, b, n_image = len(batch["text"]), len(sampler), self.layout.length - self.layout.n_prefix
         p, device = self.layout.n_prefix, batch["text"].device
@@ -638,14 +639,14 @@ class GPT(Prior):
 
         prompts = Cache(self, len(batch["text"]), p)
         prefix, memory = self.condition(batch)
-        hidden = self.trunk(prefix, 0, prompts, memory)[:, -1:][rows]  # (2B, 1, D): predicts code 0
+        state = self.trunk(prefix, 0, prompts, memory)[:, -1:][rows]  # (2B, 1, D): predicts code 0
         cache = prompts.spread(self, rows, p + n_image - 1)  # a prompt is read once for all its images
         if first:
-            hidden = self.trunk(self.embed_codes(doubled(codes[:, :first])), p, cache)[:, -1:]
+            state = self.trunk(self.embed_codes(doubled(codes[:, :first])), p, cache)[:, -1:]
         places = torch.arange(p, p + n_image, device=device)
         for i in range(first, stop):
             u = (i + 1) / n_image
-            logits = sampler.guide(self.image_head(hidden)[:, 0].float(), u)  # (B, V)
+            logits = sampler.guide(self.image_head(state)[:, 0].float(), u)  # (B, V)
             code = sampler.pick(sampler.filter(logits), noise[:, i])
             codes[:, i] = torch.where(given[:, i], codes[:, i], code) if forced[i] else code
             if watch:
@@ -653,9 +654,9 @@ class GPT(Prior):
             if i + 1 < stop:
                 x = self.embed_codes(doubled(codes[:, i : i + 1]))
                 if self.compiled_trunk:
-                    hidden = self.compiled_trunk(x, places[i : i + 1], cache.upto(p + i + 1))
+                    state = self.compiled_trunk(x, places[i : i + 1], cache.upto(p + i + 1))
                 else:
-                    hidden = self.trunk(x, p + i, cache)
+                    state = self.trunk(x, p + i, cache)
         return codes
 
     def sample(self, batch, empty, sampler, text):

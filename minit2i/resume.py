@@ -52,7 +52,7 @@ def save_run(folder, config, step, learners, ema, **meta):
 
 
 def load_state(folder, learners, ema):
-    """Restore what save_run left, in place -> its metadata (step and the script's own).
+    """Restore a run that save_run wrote, in place -> its metadata (step and the script's own).
 
     A learner that the run did not have yet keeps its fresh state.  ValueError if the weights do not fit.
     """

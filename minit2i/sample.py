@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 
 from minit2i.checkpoint import file_hash, load_model, load_vq, read_config
-from minit2i.config import Config, at_least, between, merge, pick
+from minit2i.config import Settings, at_least, between, merge, pick
 from minit2i.gpt import CONDITIONS, MODELS, build_prior
 from minit2i.tokens import Text
 from minit2i.vq import shrink
@@ -35,7 +35,7 @@ SCHEDULES = {  # guidance when the fraction u in (0, 1] of an image is sampled; 
 
 
 @dataclass(frozen=True)
-class SampleConfig(Config):
+class SampleConfig(Settings):
     """Sampling settings.  They are written into every PNG; a model may add its own (masked models: steps)."""
 
     group = "Sampling"
@@ -47,6 +47,7 @@ class SampleConfig(Config):
     top_k: Annotated[int, "keep the k likeliest codes; 0 keeps all", at_least(0)] = 0
     top_p: Annotated[float, "keep the likeliest codes that hold this probability", between(0, 1, open=True)] = 0.9
     min_p: Annotated[float, "drop codes less than this times as likely as the likeliest", between(0, 1)] = 0.0
+    negative: Annotated[str, "negative prompt, which guidance leads away from (Muse); '' : no caption"] = ""
     seed: Annotated[int, "image i of prompt k (both from 0) has seed + k n + i"] = 0
 
 
@@ -121,7 +122,7 @@ class Sampler:
         return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(self.device)
 
     def guide(self, logits, u):
-        """Conditional, then unconditional logits (2B, ...) -> guided (B, ...), float32; as they are if not `guided`."""
+        """Conditional, then unconditional logits (2B, ...) -> guided (B, ...) in float32; unchanged if not `guided`."""
         scale = SCHEDULES[self.cfg.cfg_schedule](self.cfg.cfg_scale, u)
         return guide(*logits.float().chunk(2), scale) if self.guided else logits.float()
 
@@ -258,7 +259,7 @@ class Pipeline:
         if grid[0] < own[0] or grid[1] < own[1] or grid[0] % step or grid[1] % step:
             raise ValueError(f"{grid} codes must be at least the prior's {own}, and multiples of {step}")
         seeds = range(cfg.seed, cfg.seed + b) if seeds is None else seeds
-        text, empty = self.encode_prompts(prompts), self.encode_prompts([""])[0]
+        text, empty = self.encode_prompts(prompts), self.encode_prompts([cfg.negative])[0]
 
         def sample(part, k=0, top=0, left=0, watch=None):
             """Window k, at (top, left): part (B, h, w) with -1 where to sample -> (B, h, w)."""
@@ -315,7 +316,7 @@ class Pipeline:
                 yield prompt, torch.cat([self.decode(part) for part in codes.split(batch)])
 
 
-# --- what to do with sampled codes -----------------------------------------------------------------------
+# --- scores, and codes of other tokenizers ---------------------------------------------------------------
 
 
 def as_codes_of(other, pipeline, codes):

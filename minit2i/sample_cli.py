@@ -111,7 +111,7 @@ def open_mask(path, image):
     A pixel is painted if its alpha (if that varies) or else its gray exceeds the middle of the mask's range.
     ValueError for another aspect ratio than the image's.
     """
-    open_image("--inpaint_mask", path)  # an error for what is no image
+    open_image("--inpaint_mask", path)  # raises if it is not an image
     with Image.open(path) as im:
         im = ImageOps.exif_transpose(im)
         values = np.asarray(im if im.mode[0] in "IF" else im.convert("L"), float)  # "L" would clip 16 bits
@@ -162,9 +162,9 @@ def known_codes(pipeline, args):
 
 
 def load(args):
-    """-> the prior, those of --enlarge in order, the judge or None; ValueError for what does not enlarge."""
+    """-> the prior, those of --enlarge in order, the judge or None; ValueError for an --enlarge that cannot."""
     device, folders = pick_device(args.device), [args.model, *args.enlarge]
-    decoders = {folders[-1]: args.vq}  # --vq decodes what comes last
+    decoders = {folders[-1]: args.vq}  # --vq decodes the final images
     loaded = {f: Pipeline(f, device, vq=decoders.get(f, ""), compile=args.compile) for f in dict.fromkeys(folders)}
     for folder in args.enlarge:
         if not loaded[folder].shrink:

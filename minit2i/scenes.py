@@ -65,7 +65,7 @@ COPIES = {  # category: the possible numbers of objects of each kind
 }
 CATEGORIES = tuple(COPIES)
 MIXTURE = ("single_object", "colors", "two_objects")  # training samples one of these uniformly
-MIXTURE += 3 * ("counting",) + 3 * ("position",) + 3 * ("attribute_binding",)  # what is learned late is repeated
+MIXTURE += 3 * ("counting",) + 3 * ("position",) + 3 * ("attribute_binding",)  # harder ones more often
 
 GAP, MARGIN = 0.05, 0.03  # least distance between two objects, and from an object to the border
 STROKE = 1 / 3  # width of an outline, in r
@@ -74,7 +74,7 @@ STRIPES = ((-1 / 3, -1 / 6), (1 / 6, 1 / 3))  # rows of the two stripes, in r fr
 
 @dataclass(frozen=True)
 class Object:
-    """One shape.  In a claim, None is what the caption leaves unsaid."""
+    """One shape.  In a claim, a field is None if the caption does not mention it."""
 
     color: str
     shape: str

@@ -14,7 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from minit2i.collectives import barrier, rank_and_world
-from minit2i.config import Config, at_least
+from minit2i.config import Settings, at_least
 from minit2i.vq import OUTPUTS, RECON_LOSSES
 
 PERCEPTUAL = {"none": None}  # name -> module built as C(cfg, image_size): images a, b (B, 3, H, W) -> distances (B,)
@@ -23,7 +23,7 @@ PARTS = {"perceptual": PERCEPTUAL, "discriminator": DISCRIMINATORS}  # fields of
 
 
 @dataclass(frozen=True)
-class LossConfig(Config):
+class LossConfig(Settings):
     """The tokenizer's losses."""
 
     group = "Loss"
@@ -33,7 +33,7 @@ class LossConfig(Config):
 
 
 @dataclass(frozen=True)
-class AdversaryConfig(Config):
+class AdversaryConfig(Settings):
     """Settings that all discriminators share; their Config inherits it."""
 
     gan: Annotated[float, "weight of the adversarial loss (VQGAN: 0.8)", at_least(0)] = 0.8

@@ -1,4 +1,4 @@
-"""What both training scripts share: processes, precision, the step loop, the optimizer, averaged weights, the log."""
+"""Shared by both training scripts: processes, precision, the step loop, optimizers, averaged weights, the log."""
 
 import contextlib
 import ctypes
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minit2i.checkpoint import write_file
 from minit2i.collectives import all_reduce_sum
-from minit2i.config import Config, Group, at_least, between
+from minit2i.config import Settings, Group, at_least, between
 from minit2i.plot import plot_log, read_log, save_image
 
 EVAL_SIZE = 256  # validation images of an evaluation
@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class TrainConfig(Config):
+class TrainConfig(Settings):
     """Settings of a training run; each script has defaults of its own for some of them."""
 
     group = "Optimizer"
@@ -53,9 +53,7 @@ class TrainConfig(Config):
     ema: Annotated[float, "decay of the averaged weights, which are what is saved; 0: none", between(0, 1)] = 0.0
     accum: Annotated[int, "micro-batches per step and process", Group("Scale"), at_least(1)] = 1
     compile: Annotated[bool, "torch.compile the model", Group("Scale")] = False
-    precision: Annotated[
-        str, "auto: what the device does natively", Group("Half precision"), ("auto", "fp32", "bf16", "fp16")
-    ] = "auto"
+    precision: Annotated[str, "auto: the fastest native one", Group("Half precision"), ("auto", *DTYPES)] = "auto"
 
 
 # --- processes and devices -----------------------------------------------------------------------------

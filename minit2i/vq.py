@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from minit2i.collectives import all_reduce_sum, rank_and_world
-from minit2i.config import Config, at_least, between, known, merge, pick
+from minit2i.config import Settings, at_least, between, known, merge, pick
 
 # Registries.  A paper's file adds an entry to each that it needs: QUANTIZERS["gumbel"] = GumbelQuantizer.
 BACKBONES = {}  # name -> (Encoder, Decoder), built as Encoder(cfg, width), Decoder(cfg, width)
@@ -32,7 +32,7 @@ PARTS = {"backbone": BACKBONES, "quantizer": QUANTIZERS, "upsampler": UPSAMPLERS
 
 
 @dataclass(frozen=True)
-class VQConfig(Config):
+class VQConfig(Settings):
     """The tokenizer; stored in its checkpoint."""
 
     stride: Annotated[int, "pixels per code in each direction", (2, 4, 8, 16, 32)] = 4
@@ -50,9 +50,7 @@ class VQConfig(Config):
     l2_norm: Annotated[bool, "l2-normalise latents and codes (arXiv:2110.04627 sec. 3.2); not for fsq"] = False
     beta: Annotated[float, "weight of the commitment loss", at_least(0)] = 0.25
     decay: Annotated[float, "decay of the moving averages of codes and their counts", between(0, 1)] = 0.99
-    restart: Annotated[float, "ema, st: restart codes used less than this part of the mean; 0: never", at_least(0)] = (
-        0.1
-    )
+    restart: Annotated[float, "ema, st: restart codes below this share of the mean use; 0: never", at_least(0)] = 0.1
     output: str = "rgb"  # how the decoder's maps are read (OUTPUTS); follows from the reconstruction loss
 
     upscale = 1  # not a field; an upsampler's Config makes it one
@@ -283,7 +281,7 @@ class FixedQuantizer(Codebook):
     """
 
     @dataclass(frozen=True)
-    class Config(Config):
+    class Config(Settings):
         """Settings of --quantizer fixed."""
 
         group = "Quantizer fixed"

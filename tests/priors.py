@@ -12,7 +12,7 @@ NEEDED = {"t5": dict(t5="nowhere", t5_width=12, t5_hash="0")}  # settings that a
 EMPTY = torch.tensor([1, 12, 13, 14, 15])  # the empty caption: a begin token and pads
 
 # every condition; one that is another image's codes stands beside the text
-CASES = [f"text,{k}" if v.view is not Condition.view else k for k, v in CONDITIONS.items()]
+CASES = [f"text,{k}" if v.extra_codes is not Condition.extra_codes else k for k, v in CONDITIONS.items()]
 
 
 def build(**changes):
@@ -43,7 +43,7 @@ def batch(model, b=3, seed=1):
         text[0, 3:] = 0
     found = {"text": text, "codes": torch.randint(max(1, cfg.n_codes), (b, cfg.n_image), generator=g)}
     for c in conditions:
-        if view := c.view(cfg):
+        if view := c.extra_codes(cfg):
             found[view[0]] = torch.randint(cfg.n_codes, (b, c.length), generator=g)
     return found
 

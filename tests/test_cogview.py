@@ -125,9 +125,9 @@ def test_coarse_codes_share_the_embedding_table():
     assert model.window_plan == "centre_outward" and build().window_plan == "every_place"
 
 
-def test_the_view_of_a_coarse_condition_is_the_shrunk_image():
+def test_a_coarse_condition_reads_the_codes_of_the_shrunk_image():
     model = build(condition="text,coarse", grid_h=4, grid_w=2)
-    key, (view, name) = CoarsePrefix.view(model.cfg)
+    key, (view, name) = CoarsePrefix.extra_codes(model.cfg)
     x = torch.rand(2, 3, 16, 8)
     assert (key, name) == ("coarse", "shrink2") and view(x).equal(shrink(x, 2)) and view(x).shape == (2, 3, 8, 4)
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import pytest
 
-from minit2i.config import Config, Group, above, annotations, at_least, between, merge, pick
+from minit2i.config import Settings, Group, above, annotations, at_least, between, merge, pick
 
 
 @dataclass(frozen=True)
-class Base(Config):
+class Base(Settings):
     width: Annotated[int, "channels", at_least(1)] = 8
     rate: Annotated[float, "learning rate", Group("Optimizer"), above(0)] = 0.1
     share: Annotated[float, "a share", between(0, 1)] = 0.5
@@ -21,14 +21,14 @@ class Base(Config):
 
 class Soft:
     @dataclass(frozen=True)
-    class Config(Config):
+    class Config(Settings):
         group = "--kind soft"
         tau: Annotated[float, "temperature", above(0)] = 1.0
 
 
 class Hard:
     @dataclass(frozen=True)
-    class Config(Config):
+    class Config(Settings):
         width: Annotated[int, "channels", at_least(4)] = 16
 
 

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import pytest
 
-from minit2i.config import Config, Group, above, annotations, merge
+from minit2i.config import Settings, Group, above, annotations, merge
 from minit2i.data import DataConfig
 from minit2i.flags import add_flags, describe, new_parser, parse_flags
 from minit2i.train import TrainConfig
 
 
 @dataclass(frozen=True)
-class ModelConfig(Config):
+class ModelConfig(Settings):
     kind: Annotated[str, "the kind of model"] = "plain"
     extras: Annotated[str, "several, joined by commas"] = ""
     width: Annotated[int, "channels", above(0)] = 8
@@ -28,7 +28,7 @@ class Plain:
 
 class Soft:
     @dataclass(frozen=True)
-    class Config(Config):
+    class Config(Settings):
         group = "kind soft"
         tau: Annotated[float, "temperature", above(0)] = 1.0
         deep: Annotated[bool, "more layers"] = True  # another default for a setting of the core
@@ -36,7 +36,7 @@ class Soft:
 
 class Extra:
     @dataclass(frozen=True)
-    class Config(Config):
+    class Config(Settings):
         shift: Annotated[int, "pixels", Group("extra")] = 3
 
 

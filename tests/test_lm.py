@@ -74,7 +74,7 @@ def config(folder, **changes):
 def prior(folder):
     kind, cfg = config(folder)
     model = kind(replace(cfg, n_vocab=40)).eval().requires_grad_(False)
-    model.start()
+    model.load_start()
     return model
 
 
@@ -157,7 +157,7 @@ def test_weights_are_optional_and_pads_and_codes_are_new(words, tmp_path):
         torch.manual_seed(0)
         kind, cfg = config(tmp_path, llama_weights=load)
         models.append(kind(replace(cfg, n_vocab=40)))
-        models[-1].start()
+        models[-1].load_start()
     started, plain = (m.state_dict() for m in models)
     assert started.keys() == plain.keys() and plain["embedding.weight"].std() < 0.03
     assert started["embedding.weight"][40:].equal(plain["embedding.weight"][40:])
@@ -171,7 +171,7 @@ def test_without_a_folder_the_shape_alone():
     assert (cfg.pos, cfg.norm, cfg.mlp, cfg.qk_norm) == ("sequence", "rmsnorm", "swiglu", False)
     assert type(model).vocabulary(cfg) is None and prior_config(vars(cfg))[1] == cfg
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    model.start()
+    model.load_start()
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
 
 
@@ -287,14 +287,14 @@ def test_a_language_model_starts_a_prior_by_its_folder(words, tmp_path):
     save_llama(tmp_path, model, text)
     kind, cfg = config(tmp_path)
     started = kind(replace(cfg, n_vocab=text.n_vocab)).eval().requires_grad_(False)
-    started.start()
+    started.load_start()
     ids = torch.randint(0, text.n_vocab, (2, 9))
     logits = started.logits({"text": ids, "codes": torch.zeros(2, 4, dtype=torch.long)})[0]
     expected = model.logits({"text": ids})[0]
     assert torch.allclose(logits, expected, atol=1e-5 * float(expected.abs().max()))
     with pytest.raises(ValueError, match="starts a prior with --model llama --llama OUT/lm, not with --init"):
-        LanguageModel.hand_over(model.state_dict(), started)
-    model.load_state_dict(LanguageModel.hand_over(model.state_dict(), model))  # --init of another language model
+        LanguageModel.tensors_for(model.state_dict(), started)
+    model.load_state_dict(LanguageModel.tensors_for(model.state_dict(), model))  # --init of another language model
 
 
 def test_paragraphs_of_a_text(tmp_path):

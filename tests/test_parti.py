@@ -216,7 +216,7 @@ def test_towers_hand_over_their_text_encoder():
     source = big(towers(n_encoder=2))
     target = build(condition="encoder", n_encoder=2, text_len=8, n_vocab=40, n_codes=33)
     before = {k: v.clone() for k, v in target.state_dict().items()}
-    target.load_state_dict(Towers.hand_over(source.state_dict(), target))
+    target.load_state_dict(Towers.tensors_for(source.state_dict(), target))
     for k, v in target.state_dict().items():
         if k.startswith("conditions.encoder.encoder."):
             assert v.equal(source.state_dict()[k.removeprefix("conditions.encoder.")])
@@ -225,12 +225,12 @@ def test_towers_hand_over_their_text_encoder():
         else:
             assert v.equal(before[k])
     again = towers(n_encoder=2)
-    again.load_state_dict(Towers.hand_over(source.state_dict(), again))
+    again.load_state_dict(Towers.tensors_for(source.state_dict(), again))
     with pytest.raises(ValueError, match="use --condition encoder, --n_encoder as they have it"):
-        Towers.hand_over(source.state_dict(), build(text_len=8, n_vocab=40))
+        Towers.tensors_for(source.state_dict(), build(text_len=8, n_vocab=40))
     with pytest.raises(RuntimeError, match="size mismatch|Unexpected key|Missing key"):
         other = build(condition="encoder", n_encoder=1, text_len=8, n_vocab=40, n_codes=33)
-        other.load_state_dict(Towers.hand_over(source.state_dict(), other))
+        other.load_state_dict(Towers.tensors_for(source.state_dict(), other))
 
 
 @pytest.mark.parametrize("condition", ["encoder", "text,coarse"])

@@ -41,7 +41,7 @@ def config(pipeline, **settings):
 def naive(pipeline, prompts, cfg, known=None, coarse=None):
     """Codes of a causal prior, one image at a time, all logits computed anew for each code."""
     model, n_image = pipeline.model, pipeline.model.cfg.n_image
-    empty, out = pipeline.encode_prompts([""]), []
+    empty, out = pipeline.encode_prompts([cfg.negative]), []
     for prompt in prompts:
         text = pipeline.encode_prompts([prompt])
         for _ in range(cfg.n):
@@ -65,13 +65,16 @@ def naive(pipeline, prompts, cfg, known=None, coarse=None):
 @pytest.mark.parametrize(
     "settings",
     [{}, {"cfg_scale": 1.0}, {"cfg_schedule": "falling", "temperature": 2.0}, {"cfg_scale": 0.0, "temperature": 0.0}]
-    + [{"top_k": 4, "top_p": 0.8, "temperature": 0.7, "min_p": 0.1}],
+    + [{"top_k": 4, "top_p": 0.8, "temperature": 0.7, "min_p": 0.1}, {"cfg_scale": 3.0, "negative": "a blue star"}],
     ids=str,
 )
 def test_cached_sampling_equals_the_naive_loop(pipelines, settings):
     pipeline = pipelines("gpt")
     cfg = config(pipeline, **settings)
-    assert pipeline.sample_codes(PROMPTS, cfg).equal(naive(pipeline, PROMPTS, cfg))
+    codes = pipeline.sample_codes(PROMPTS, cfg)
+    assert codes.equal(naive(pipeline, PROMPTS, cfg))
+    if cfg.negative:
+        assert not codes.equal(pipeline.sample_codes(PROMPTS, replace(cfg, negative="")))
 
 
 @pytest.mark.parametrize("name", ["encoder", "rotary"])

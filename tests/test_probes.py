@@ -27,7 +27,7 @@ def folders(tmp_path_factory):
     make_prior(root / "towers", std=0, seed=2, model="towers", n_encoder=1)
     make_prior(root / "parti", std=0, seed=3, condition="encoder", n_encoder=1)
     parti = load_model(root / "parti", build_prior(read_config(root / "parti")["model"]))
-    load_model(root / "towers", parti, Towers.hand_over)
+    load_model(root / "towers", parti, Towers.tensors_for)
     save_tensors(root / "parti" / "model.safetensors", parti.state_dict())
     return root
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minit2i.attention import MASKS, attend
-from minit2i.config import Config, at_least, merge, pick
+from minit2i.config import Settings, at_least, merge, pick
 from minit2i.experiments.plan import training_flops
 from minit2i.flags import add_flags, new_parser
 from minit2i.gpt import GPT, Cache, GPTConfig, build_prior
@@ -30,7 +30,7 @@ PRIOR = GPTConfig(text_len=32, n_vocab=2048, n_codes=1024, grid_h=16, grid_w=16)
 
 
 @dataclass(frozen=True)
-class BenchConfig(Config):
+class BenchConfig(Settings):
     """What to measure."""
 
     rounds: Annotated[int, "how often each is measured", at_least(1)] = 5

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from minit2i import gpt
 from minit2i.attention import MASKS, AttentionMask, Layout, attend
-from minit2i.config import Config, Group, at_least, pick
+from minit2i.config import Settings, Group, at_least, pick
 from minit2i.experiments.bench import prior_step, random_batch, seconds, vq_step
 from minit2i.experiments.plan import training_flops
 from minit2i.experiments.stability import TOY, stripes
@@ -42,7 +42,7 @@ TRICKS = dict(norm="pb_layernorm", pb_relax=True, sandwich=True, embed_grad=0.1)
 
 
 @dataclass(frozen=True)
-class CheckConfig(Config):
+class CheckConfig(Settings):
     """What to check."""
 
     group = Group("Checks")

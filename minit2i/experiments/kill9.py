@@ -17,7 +17,7 @@ from typing import Annotated
 
 from safetensors.torch import load_file
 
-from minit2i.config import Config, at_least, pick
+from minit2i.config import Settings, at_least, pick
 from minit2i.experiments.tokenizers import CHECKOUT
 from minit2i.flags import add_flags, new_parser
 
@@ -27,7 +27,7 @@ PRIOR = f"train_prior.py {SHARED} --n_layer 2 --n_head 2 --n_embd 32 --dropout 0
 
 
 @dataclass(frozen=True)
-class KillConfig(Config):
+class KillConfig(Settings):
     """How to disturb."""
 
     kills: Annotated[int, "kills of each stage", at_least(1)] = 20

@@ -10,14 +10,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from minit2i.attention import MASKS, Layout
-from minit2i.config import Config, at_least, pick
+from minit2i.config import Settings, at_least, pick
 from minit2i.flags import add_flags, new_parser
 from minit2i.plot import save_image
 from minit2i.train import run
 
 
 @dataclass(frozen=True)
-class MasksConfig(Config):
+class MasksConfig(Settings):
     """What to show."""
 
     out: Annotated[str, "the PNG to write"] = "masks.png"

@@ -26,7 +26,7 @@ from unittest.mock import MagicMock
 import torch
 import torch.nn.functional as F
 
-from minit2i.config import Config, at_least, merge, pick
+from minit2i.config import Settings, at_least, merge, pick
 from minit2i.experiments.bench import PRIOR, weights_alone
 from minit2i.flags import add_flags, new_parser
 from minit2i.gpt import MODELS, build_prior
@@ -39,7 +39,7 @@ UNUSED += "yaml requests"
 
 
 @dataclass(frozen=True)
-class PeersConfig(Config):
+class PeersConfig(Settings):
     """What to compare."""
 
     rounds: Annotated[int, "timed rounds", at_least(1)] = 5

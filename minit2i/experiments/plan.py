@@ -20,7 +20,7 @@ import torch
 
 from minit2i.attention import layer_masks
 from minit2i.checkpoint import load_vq, read_config
-from minit2i.config import Config, above, at_least, between, pick
+from minit2i.config import Settings, above, at_least, between, pick
 from minit2i.data import parse_size
 from minit2i.flags import add_flags, named, new_parser
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Block, GPTConfig, build_prior, conditions_of, prior_config
@@ -30,7 +30,7 @@ from minit2i.train import DTYPES, pick_device, pick_precision, run
 
 
 @dataclass(frozen=True)
-class PlanConfig(Config):
+class PlanConfig(Settings):
     """The training and the machine, with the names of train_prior.py's flags."""
 
     group = "Plan"

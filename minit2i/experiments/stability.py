@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 from torch.func import functional_call
 
-from minit2i.config import Config, above, at_least, pick
+from minit2i.config import Settings, above, at_least, pick
 from minit2i.flags import add_flags, new_parser
 from minit2i.fp16 import BlockScaler, PBLayerNorm
 from minit2i.gpt import build_prior
@@ -46,7 +46,7 @@ RUNS = {  # what each adds to `none`: fields of GPTConfig, and the switches of t
 
 
 @dataclass(frozen=True)
-class StabilityConfig(Config):
+class StabilityConfig(Settings):
     """The toy training."""
 
     out: Annotated[str, "the plot"] = "stability.png"

@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from minit2i.checkpoint import file_hash, read_config, write_file
-from minit2i.config import Config, Group, above, at_least, pick
+from minit2i.config import Settings, Group, above, at_least, pick
 from minit2i.data import DataConfig, captions, parse_size, split
 from minit2i.experiments.evaluate import recall, scene_accuracy, seconds_per_image
 from minit2i.experiments.tokenizers import run_script
@@ -45,7 +45,7 @@ N_HEAD = 4  # of every prior, so that widths can be multiples of 8
 
 
 @dataclass(frozen=True)
-class SystemsConfig(Config):
+class SystemsConfig(Settings):
     """What to compare."""
 
     group = Group("Comparison")

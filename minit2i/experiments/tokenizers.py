@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from minit2i.checkpoint import write_file
-from minit2i.config import Config, at_least, pick
+from minit2i.config import Settings, at_least, pick
 from minit2i.flags import add_flags, new_parser
 from minit2i.metrics import code_stats, psnr, sharpness, ssim
 from minit2i.plot import beside, grid_image, plot, read_log, save_image, smooth
@@ -146,7 +146,7 @@ def report(out, vary, folders):
 
 
 @dataclass(frozen=True)
-class CompareConfig(Config):
+class CompareConfig(Settings):
     """What to compare."""
 
     group = "Comparison"

@@ -39,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import reduce
 
-from minit2i.config import Config, at_least
+from minit2i.config import Settings, at_least
 from minit2i.demo import demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Cache, Condition, Prior
 from minit2i.papers.dalle import LARGE
@@ -55,7 +55,7 @@ from minit2i.vq import shrink
 
 
 @dataclass(frozen=True)
-class CoarseConfig(Config):
+class CoarseConfig(Settings):
     """Settings of --condition coarse."""
 
     group = "--condition coarse"
@@ -82,7 +82,7 @@ class CoarsePrefix(Condition):
         self.kind = nn.Parameter(torch.zeros(cfg.n_embd))
 
     @staticmethod
-    def view(cfg):
+    def extra_codes(cfg):
         return "coarse", (partial(shrink, scale=cfg.shrink), f"shrink{cfg.shrink}")
 
     def prefix(self, batch, embed):

@@ -8,7 +8,7 @@ What it adds
                 row, column, convolutional masks; their order over layers      attention.py:row, mask_order
                 a pad token for each text position, BPE dropout                tokens.py:Text
                 a gradient scale for each resblock; float32 where it matters   fp16.py:BlockScaler, --fp32_logits
-                PowerSGD compresses the gradients of the blocks                parallel.py:PowerSGD
+                sharded parameters, gradients compressed by PowerSGD           parallel.py:shard, PowerSGD
                 samples ranked by a contrastive model                          parti.py:Towers, --best_of --judge
 
 What differs here
@@ -16,7 +16,8 @@ What differs here
     The log-scale of logit-Laplace is bounded: flat images would have an unbounded density.
     Codes enter the decoder as rows of --code_dim channels (DALL-E: one-hot); the encoder reads [-1, 1], not phi(x).
     Text and codes have an output layer each (DALL-E: one softmax over both).  Pads are never targets.
-    Learning rates fall along a cosine (the paper's prior: halved at plateaus); weights average every update (every 25).
+    Learning rates fall along a cosine (the paper's prior: halved at plateaus); the average of the weights is updated at
+    every step (every 25); moments are float32 (16 bits).
     A tenth of the captions is dropped, which lets sampling use guidance.
 
 Commands
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 
 from minit2i.attention import MASK_ORDERS
 from minit2i.collectives import all_reduce_sum
-from minit2i.config import Config, at_least
+from minit2i.config import Settings, at_least
 from minit2i.demo import demo
 from minit2i.vq import BACKBONES, OUTPUTS, QUANTIZERS, RECON_LOSSES, count_codes, finite
 
@@ -122,7 +123,7 @@ class GumbelQuantizer(nn.Module):
     first_step = 0
 
     @dataclass(frozen=True)
-    class Config(Config):
+    class Config(Settings):
         """Settings of --quantizer gumbel."""
 
         group = "Quantizer gumbel"

@@ -41,7 +41,7 @@ from safetensors.torch import save as tensors_to_bytes
 
 from minit2i.checkpoint import load_model, read_config, read_hf, write_file
 from minit2i.collectives import barrier
-from minit2i.config import Config
+from minit2i.config import Settings
 from minit2i.data import read_text_file
 from minit2i.demo import demo
 from minit2i.gpt import GPT, MODELS, GPTConfig, Prior, cross_entropy
@@ -218,7 +218,7 @@ def save_llama(folder, model, text):
 
 
 @dataclass(frozen=True)
-class LlamaConfig(Config):
+class LlamaConfig(Settings):
     """Settings of --model llama."""
 
     group = "--model llama"
@@ -253,7 +253,7 @@ class Llama(GPT):
     def vocabulary(cfg):
         return llama_vocabulary(cfg.llama) if cfg.llama else None
 
-    def start(self):
+    def load_start(self):
         if self.cfg.llama and self.cfg.llama_weights:
             load_llama(self.cfg.llama, self)
 
@@ -344,7 +344,7 @@ class LanguageModel(GPT):
         return replace(cfg, **SHAPE, n_codes=0, grid_h=0, grid_w=0)
 
     @staticmethod
-    def hand_over(tensors, model):
+    def tensors_for(tensors, model):
         if isinstance(model, LanguageModel):
             return tensors
         raise ValueError("a language model starts a prior with --model llama --llama OUT/lm, not with --init")
@@ -359,7 +359,7 @@ class LanguageModel(GPT):
     def n_targets(self, batch):
         return {"text": (self.text_targets(batch["text"]) >= 0).sum()}
 
-    def saved(self, folder, text):
+    def after_save(self, folder, text):
         averaged = load_model(folder, LanguageModel(self.cfg))
         save_llama(Path(folder, "lm"), averaged, text)
 

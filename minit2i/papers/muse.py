@@ -1,12 +1,16 @@
 r"""Muse: Text-To-Image Generation via Masked Generative Transformers, Chang et al., 2023-01, arXiv:2301.00704.
 
-What it adds (the masked model is MaskGIT, Chang et al., 2022-02, arXiv:2202.04200)
-    tokenizer   nothing: Taming's VQGAN
+The masked model is MaskGIT, Chang et al., 2022-02, arXiv:2202.04200.  Its masked tokens are "hidden codes" here: "mask"
+means the attention mask.
+
+What it adds
+    tokenizer   Taming's VQGAN; its decoder is finetuned afterwards            parti.py:load_frozen, --train decoder
     prior       hidden codes learned from visible ones; cosine mask rate       MaskedGPT.loss, hide
                 all codes sampled in parallel, over a few steps                MaskedGPT.generate, n_still_hidden
                 inpainting and outpainting without finetuning                  MaskedGPT.generate (known)
                 a frozen T5 encoder reads the caption, for cross-attention     FrozenT5, T5, T5Text
-                guidance that rises over the steps                             sample.py:SCHEDULES, --cfg_schedule
+                guidance that rises over the steps, negative prompts           sample.py:SCHEDULES, --negative
+                a tenth of the captions dropped in training                    tokens.py:Coded, --cond_drop
                 super-resolution by a second masked model                      --model masked --condition text,coarse
 
 What differs here
@@ -14,6 +18,7 @@ What differs here
     Captions are SentencePiece ids in the prefix unless --condition t5 names a T5 folder; its pads are learned vectors.
     Super-resolution encodes the smaller image with the same tokenizer and puts its codes in the prefix (Muse: codes of
     a finer tokenizer, which attends to the coarse codes).
+    Mask-free editing is left out.
     Sampling is at the temperature and top-p of all priors (MaskGIT: 1, all codes).
     AdamW replaces Adafactor, with the same beta2 and weight decay; learning rates fall along a cosine.
 
@@ -42,7 +47,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minit2i.checkpoint import read_config, read_hf
-from minit2i.config import Config, at_least, between, pick
+from minit2i.config import Settings, at_least, between, pick
 from minit2i.data import cached_array
 from minit2i.demo import demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Condition, Linear, Prior, cross_entropy, without_text
@@ -88,7 +93,7 @@ def n_still_hidden(n_at_start, n_hidden, u):
 
 
 @dataclass(frozen=True)
-class MaskedConfig(Config):
+class MaskedConfig(Settings):
     """Settings of --model masked."""
 
     group = "--model masked"
@@ -96,7 +101,7 @@ class MaskedConfig(Config):
 
 
 @dataclass(frozen=True)
-class MaskedSampling(Config):
+class MaskedSampling(Settings):
     """Sampling settings of masked priors."""
 
     group = "Masked priors"
@@ -359,7 +364,7 @@ class T5Text:
 
 
 @dataclass(frozen=True)
-class FrozenT5Config(Config):
+class FrozenT5Config(Settings):
     """Settings of --condition t5."""
 
     group = "--condition t5"

@@ -43,7 +43,7 @@ from einops import rearrange
 from minit2i.attention import AttentionMask, Layout
 from minit2i.checkpoint import load_tensors, read_config
 from minit2i.collectives import all_gather, rank_and_world
-from minit2i.config import Config, annotations, at_least, pick
+from minit2i.config import Settings, annotations, at_least, pick
 from minit2i.demo import demo
 from minit2i.fp16 import shrink_gradient
 from minit2i.gpt import CONDITIONS, MODELS, Block, Condition, Head, Linear, Prior
@@ -145,7 +145,7 @@ class WDSR(nn.Module):
     """
 
     @dataclass(frozen=True)
-    class Config(Config):
+    class Config(Settings):
         """Settings of --upsampler wdsr."""
 
         group = "Upsampler wdsr"
@@ -222,7 +222,7 @@ UPSAMPLERS["wdsr"] = WDSR
 
 
 @dataclass(frozen=True)
-class EncoderConfig(Config):
+class EncoderConfig(Settings):
     """Settings of --condition encoder and --model towers."""
 
     group = "--condition encoder, --model towers"
@@ -408,7 +408,7 @@ class Towers(Prior):
         return 1 - (text * image).sum(1)
 
     @staticmethod
-    def hand_over(tensors, model):
+    def tensors_for(tensors, model):
         """The towers' text encoder and word embeddings, for a prior with a text encoder; ValueError if it has none."""
         own, n = model.state_dict(), model.cfg.n_vocab + model.cfg.text_len
         if isinstance(model, Towers):

@@ -36,7 +36,7 @@ from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
 from minit2i.collectives import all_reduce_sum, rank_and_world
-from minit2i.config import Config, at_least
+from minit2i.config import Settings, at_least
 from minit2i.demo import demo
 from minit2i.sample import WINDOW_PLANS
 from minit2i.tokenizer_losses import DISCRIMINATORS, PERCEPTUAL, AdversaryConfig
@@ -175,7 +175,7 @@ class Perceptual(nn.Module):
     LAYERS = (3, 8, 15, 22, 29)  # relu1_2, 2_2, 3_3, 4_3, 5_3
 
     @dataclass(frozen=True)
-    class Config(Config):
+    class Config(Settings):
         """Settings of --perceptual vgg."""
 
         group = "Perceptual vgg"
