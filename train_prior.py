@@ -147,7 +147,8 @@ def load_images(model, model_cfg, data_cfg, cfg, procs):
     skipped = Skipped(procs.say)
     skipped.add([*source.damaged, *train_caches["codes"].skipped, *val_caches["codes"].skipped])
     procs.say(str(skipped))
-    train_set = Coded(source, train, train_caches, text, cfg.seed, cfg.bpe_dropout, cfg.cond_drop)
+    cond_drop = cfg.cond_drop if model.drops_captions else 0.0
+    train_set = Coded(source, train, train_caches, text, cfg.seed, cfg.bpe_dropout, cond_drop)
     val_set = Coded(val_source, val, val_caches, text)
     seen = Coded(source, train, train_caches, text)  # training samples as they are, nothing dropped
     shown = {

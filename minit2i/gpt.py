@@ -403,6 +403,7 @@ class Prior(nn.Module):
     Config = None  # the dataclass of its settings
     Sampling = None  # the dataclass of its settings for sampling
     learns_text = True  # whether it predicts captions where a condition lets it
+    drops_captions = True  # whether --cond_drop applies, for guidance
     data = None  # a function that loads other data than captioned images
     n_shown = 2  # samples of each caption in a training run's grid
     eval_batch = 0  # samples of a validation batch; 0: as many as a training step has

@@ -165,9 +165,14 @@ def test_block_masks_are_the_reordered_dense_mask(name):
 def test_a_part_of_the_sequence_equals_the_dense_mask(name, alpha, monkeypatch):
     """One new position or several from a cache; keys that a position does not see are NaN."""
     monkeypatch.setattr(attention, "WINDOW", 3)
-    mask = AttentionMask(name, Layout(5, 6, 4))
+    places = (5, 1), (16, 1), (28, 1), (7, 4), (20, 9), (0, 5)
+    for p in (5, 130):  # a long prefix is read where it lies
+        check_part(AttentionMask(name, Layout(p, 6, 4)), [(start and start + p - 5, n) for start, n in places], alpha)
+
+
+def check_part(mask, places, alpha):
     q, k, v = qkv(mask.layout.length)
-    for start, n in ((5, 1), (16, 1), (28, 1), (7, 4), (20, 9), (0, 5)):
+    for start, n in places:
         stop = start + n
         seen = mask.dense[start:stop, :stop]
         expected = reference(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], seen)

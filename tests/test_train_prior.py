@@ -17,6 +17,7 @@ from untrained import make_vq
 
 import train_prior
 from minit2i.checkpoint import read_config
+from minit2i.config import pick
 from minit2i.data import DataConfig
 from minit2i.gpt import CONDITIONS, MODELS, GPTConfig
 from minit2i.sample import Pipeline
@@ -125,7 +126,7 @@ def test_dependent_settings_are_filled_in():
     assert kind is MODELS["language_model"] and cfg.pos == "sequence" and cfg.n_image == 0
     with pytest.raises(ValueError, match="nowhere is not a checkpoint folder"):  # whose image size is the default
         settle(GPTConfig(), DataConfig(data="images", image_size=""), config(vq="nowhere"))
-    assert settle(*[GPTConfig(**asdict(cfg) | {"model": "gpt"}), data, config()])[0] is MODELS["gpt"]
+    assert settle(pick(GPTConfig, asdict(cfg) | {"model": "gpt"}), data, config())[0] is MODELS["gpt"]
 
 
 # --- two steps of each kind of prior ---

@@ -221,7 +221,7 @@ def save_llama(folder, model, text):
 class LlamaConfig(Settings):
     """Settings of --model llama."""
 
-    group = "--model llama"
+    group = "--model llama, --model language_model"
     llama: Annotated[str, "folder of the language model to start from; empty: its blocks, randomly initialised"] = ""
     llama_weights: Annotated[bool, "start from its weights, too, not only its shape and words (sec. 3)"] = True
 
@@ -238,7 +238,7 @@ class Llama(GPT):
     @classmethod
     def settle(cls, cfg):
         if cfg.condition != "text":
-            raise ValueError("--model llama reads captions with its own words: leave out --condition")
+            raise ValueError(f"--model {cfg.model} reads text with its own words: leave out --condition")
         if cfg.n_vocab and not Path(cfg.llama, "config.json").exists():  # a checkpoint, which has the shape
             return cfg
         shape = llama_shape(cfg.llama) if cfg.llama else SHAPE
@@ -326,22 +326,22 @@ def load_text_file(model, model_cfg, data_cfg, cfg, procs):
     except ValueError:
         raise ValueError(f"val_data {data_cfg.val_data} is not a fraction of the text file; use 0.02") from None
     if procs.main and not cfg.resume:
-        write_file(path, Text.train(paragraphs, cfg.vocab_size))
+        write_file(path, model.vocabulary(model_cfg) or Text.train(paragraphs, cfg.vocab_size))
     barrier()
     text = Text(path.read_bytes(), model_cfg.text_len)
     return TextData(text, *text_windows(paragraphs, text, fraction, cfg.seed))
 
 
-class LanguageModel(GPT):
+class LanguageModel(Llama):
     """Text alone, from a text file as --data; each checkpoint is also written as OUT/lm for --llama."""
 
     data = staticmethod(load_text_file)
 
     @classmethod
     def settle(cls, cfg):
-        if cfg.condition != "text" or cfg.mask != "causal":
-            raise ValueError("a language model reads text alone, causally: leave out --condition and --mask")
-        return replace(cfg, **SHAPE, n_codes=0, grid_h=0, grid_w=0)
+        if cfg.mask != "causal":
+            raise ValueError("a language model reads text causally: leave out --mask")
+        return replace(super().settle(cfg), n_codes=0, grid_h=0, grid_w=0)
 
     @staticmethod
     def tensors_for(tensors, model):

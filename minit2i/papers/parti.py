@@ -281,9 +281,9 @@ class TextEncoder(Condition):
 CONDITIONS["encoder"] = TextEncoder
 
 # Pre-training of the text encoder (sec. 2.2): hidden words are predicted (BERT, arXiv:1810.04805 sec. 3.1) while
-# captions and images are told from the others of the batch (CLIP, arXiv:2103.00020).  `--model towers` trains it, a
-# prior with `--condition encoder --init out/towers` starts from it, and `sample.py --judge out/towers` chooses images
-# by it.
+# captions and images are told from the others of the batch (CLIP, arXiv:2103.00020).  `--model towers` trains it,
+# `--init out/towers --model gpt --condition encoder` starts a prior from it, and `sample.py --judge out/towers` chooses
+# images by it.
 
 MAX_LOG_SCALE = math.log(100)  # CLIP sec. 2.5: logits are multiplied by at most 100
 
@@ -327,6 +327,7 @@ class Towers(Prior):
     """
 
     Config = EncoderConfig
+    drops_captions = False
     eval_batch = 32
 
     @classmethod
