@@ -10,9 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 CHECKOUT = Path(__file__).parent.parent
 DATA = "--data scenes:6000 --image_size 32 --workers 1"
 VQ = "--stride 4 --n_codes 256 --batch_size 16 --steps 600 --warmup 30 --eval_every 300 --perceptual none"
+VQGAN = "--ch 16 --lr 6e-3 --beta1 0.9 --beta2 0.95 --steps 1200"
+VQGAN += " --gan 0.1 --gan_start 900 --gan_ramp 200 --gan_ch 16 --gan_layers 2"
 PRIOR = "--n_layer 4 --n_head 4 --n_embd 128 --text_len 28 --vocab_size 512"
 PRIOR += " --batch_size 16 --steps 1500 --warmup 50 --eval_every 500"
 PROMPTS = (
@@ -53,4 +57,6 @@ def demo(name, doc, expect, vq="", prior="", sample=""):
     )
     (out / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     run("sample.py", f"--model {out / 'prior'} --prompts {out / 'prompts.txt'} {sample} --out {out / 'grid.png'}")
+    image = Image.open(out / "grid.png")
+    image.resize((4 * image.width, 4 * image.height), Image.NEAREST).save(out / "grid.png")
     print(f"\n{out / 'grid.png'}, four images a row: " + "; ".join(PROMPTS) + f"\nexpect: {expect}")

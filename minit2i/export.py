@@ -1,6 +1,6 @@
 """Make a small copy of a trained prior or tokenizer for use only: float16 weights, no state, no paths of this machine.
 
-python -m minit2i.export --model out/scenes --out minit2i/pretrained
+python -m minit2i.export --model out/scenes --out minit2i/pretrained/scenes
 """
 
 from pathlib import Path

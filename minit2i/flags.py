@@ -33,10 +33,12 @@ def add_flags(parser, *configs, values={}, parts={}):
     values: shown by --help instead of the class's defaults.  parts: {field: registry}, whose names --help lists.
     """
     found = {}  # name -> (heading, Field, default); of two configs with one field, the first counts
+    training = any("recipe" in annotations(config) for config in configs)
     for config in configs:
         defaults = {f.name: f.default for f in fields(config)}
         for name, field in annotations(config).items():
-            found.setdefault(name, ("Common" if name in COMMON else field.group, field, defaults[name]))
+            heading = "Common" if training and name in COMMON else field.group
+            found.setdefault(name, (heading, field, defaults[name]))
     order = sorted(found, key=lambda name: COMMON.index(name) if name in COMMON else len(COMMON))
     headings = [heading for heading, _, _ in found.values()]
     for heading in sorted(set(headings), key=[*GROUPS, *headings].index):

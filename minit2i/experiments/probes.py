@@ -98,7 +98,7 @@ def forgetting(args, device):
             raise ValueError(f"{folder} predicts no text from the text before it; use a causal prior, caption first")
         row = figures[folder] = {"model": model.cfg.model, "step": config["step"], "nats": text_loss(model, ids)}
         lm, started = isinstance(model, LanguageModel), getattr(model.cfg, "llama", "") and model.cfg.llama_weights
-        curve = curves.setdefault("language model" if lm else "started from one" if started else "other priors", [])
+        curve = curves.setdefault("language model" if lm else "started from one" if started else "from scratch", [])
         curve += [(x, row["nats"]) for x in ((0, last) if lm else (row["step"],))]
     if args.out:
         save_image(

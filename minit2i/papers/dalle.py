@@ -243,6 +243,6 @@ if __name__ == "__main__":
         "dalle",
         __doc__,
         expect="TODO",
-        vq="--ch 16 --lr 2e-3 --kl_steps 60 --tau_steps 300 --kl_weight 0.2",
+        vq="--ch 24 --n_res 1 --lr 3e-3 --steps 900 --ema 0.99 --recon l2 --kl_weight 0.4 --kl_steps 100 --tau_steps 600",
         prior="--optimizer muon --lr 3e-3",
     )

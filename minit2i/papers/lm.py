@@ -43,7 +43,7 @@ from minit2i.checkpoint import load_model, read_config, read_hf, write_file
 from minit2i.collectives import barrier
 from minit2i.config import Settings
 from minit2i.data import read_text_file
-from minit2i.demo import demo
+from minit2i.demo import VQGAN, demo
 from minit2i.gpt import GPT, MODELS, GPTConfig, Prior, cross_entropy
 from minit2i.papers import taming
 from minit2i.tokens import Text, read_pieces
@@ -386,10 +386,4 @@ RECIPE = {  # sec. 3; sizes, codebook and steps are a laptop's, for images of 64
 
 
 if __name__ == "__main__":
-    demo(
-        "lm",
-        __doc__,
-        expect="TODO",
-        vq="--ch 16 --gan_start 400 --gan_ramp 100 --gan_ch 16 --gan_layers 2 --lr 1e-3",
-        prior="--optimizer muon --lr 3e-3",
-    )
+    demo("lm", __doc__, expect="TODO", vq=VQGAN, prior="--optimizer muon --lr 3e-3")

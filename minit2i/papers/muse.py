@@ -439,7 +439,7 @@ if __name__ == "__main__":
         "muse",
         __doc__,
         expect="TODO",
-        vq="--ch 16 --gan_start 400 --gan_ramp 100 --gan_ch 16 --gan_layers 2 --lr 1e-3",
+        vq="--ch 16 --decoder vqvae --decoder_ch 32 --recon l2 --quantizer ema --discriminator none --lr 2e-3",
         prior="--optimizer muon --lr 3e-3",
         sample="--steps 12 --choice_noise 1",
     )

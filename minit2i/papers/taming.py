@@ -37,7 +37,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from minit2i.collectives import all_reduce_sum, rank_and_world
 from minit2i.config import Settings, at_least
-from minit2i.demo import demo
+from minit2i.demo import VQGAN, demo
 from minit2i.sample import WINDOW_PLANS
 from minit2i.tokenizer_losses import DISCRIMINATORS, PERCEPTUAL, AdversaryConfig
 from minit2i.vq import BACKBONES
@@ -307,10 +307,4 @@ RECIPE = {  # sec. 3, 4; sizes, codebook and steps are a laptop's, for images of
 
 
 if __name__ == "__main__":
-    demo(
-        "taming",
-        __doc__,
-        expect="TODO",
-        vq="--ch 16 --gan_start 400 --gan_ramp 100 --gan_ch 16 --gan_layers 2 --lr 1e-3",
-        prior="--optimizer muon --lr 3e-3",
-    )
+    demo("taming", __doc__, expect="TODO", vq=VQGAN, prior="--optimizer muon --lr 3e-3")
