@@ -150,7 +150,7 @@ def load_images(model, model_cfg, data_cfg, cfg, procs):
     cond_drop = cfg.cond_drop if model.drops_captions else 0.0
     train_set = Coded(source, train, train_caches, text, cfg.seed, cfg.bpe_dropout, cond_drop)
     val_set = Coded(val_source, val, val_caches, text)
-    seen = Coded(source, train, train_caches, text)  # training samples as they are, nothing dropped
+    seen = Coded(source, train, train_caches, text)  # training samples without dropout, for the grids
     shown = {
         title: [(some[i], some.captions(some.rows[i])[0]) for i in range(0, len(some), -(-len(some) // 4))]
         for title, some in (("training", seen), ("validation", val_set))
@@ -258,7 +258,7 @@ def log_evaluation(model, data, log, step, cfg, procs):
 
 
 def to_device(batch, device):
-    """A batch's tensors on a device; other entries as they are."""
+    """A batch's tensors on a device; other entries unchanged."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 

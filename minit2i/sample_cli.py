@@ -173,7 +173,7 @@ def load(args):
 
 
 class Growth:
-    """Called with codes (B, h, w) as they are sampled: moves the progress bar, keeps a frame every `every` codes."""
+    """Called with codes (B, h, w) during sampling: moves the progress bar, keeps a frame every `every` codes."""
 
     def __init__(self, bar, every):
         self.bar, self.every, self.start = bar, every, bar.n

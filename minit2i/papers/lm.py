@@ -45,7 +45,8 @@ from minit2i.config import Settings
 from minit2i.data import read_text_file
 from minit2i.demo import VQGAN, demo
 from minit2i.gpt import GPT, MODELS, GPTConfig, Prior, cross_entropy
-from minit2i.papers import taming
+from minit2i.papers.taming import RECIPE as TAMING
+from minit2i.papers.taming import Norm, VQGANDecoder, VQGANEncoder
 from minit2i.tokens import Text, read_pieces
 from minit2i.vq import BACKBONES
 
@@ -53,7 +54,7 @@ from minit2i.vq import BACKBONES
 # Shapes: B batch, h w a layer's grid, C latent channels.
 
 
-class SpatialNorm(taming.Norm):
+class SpatialNorm(Norm):
     """GroupNorm scaled and shifted by the latents: x (B, ch, h, w), z (B, C, ...) -> the same shape as x.
 
     MoVQ, arXiv:2209.09002: y = phi(z) * norm(x) + psi(z), phi and psi 1x1 convolutions of the latents, repeated up to
@@ -74,14 +75,14 @@ class SpatialNorm(taming.Norm):
         return y * (1 + F.interpolate(scale, y.shape[-2:])) + F.interpolate(shift, y.shape[-2:])
 
 
-class MoVQDecoder(taming.VQGANDecoder):
+class MoVQDecoder(VQGANDecoder):
     """VQGAN's decoder with every norm modulated by the latents: (B, width, h, w) -> (B, maps, H, W)."""
 
     def __init__(self, cfg, width):
         super().__init__(cfg, width, norm=partial(SpatialNorm, code_dim=width))
 
 
-BACKBONES["movq"] = (taming.VQGANEncoder, MoVQDecoder)
+BACKBONES["movq"] = (VQGANEncoder, MoVQDecoder)
 
 
 # --- STAGE 2: prior --------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ MODELS["language_model"] = LanguageModel
 # --- RECIPE ----------------------------------------------------------------------------------------------
 
 RECIPE = {  # sec. 3; sizes, codebook and steps are a laptop's, for images of 64 pixels
-    "vq": taming.RECIPE["vq"] | dict(backbone="movq"),
+    "vq": TAMING["vq"] | dict(backbone="movq"),
     "prior": dict(norm="rmsnorm", mlp="swiglu", qk_norm=False, pos="sequence", mask="causal")
     | dict(loss_mean="tokens", bpe_dropout=0.0, ema=0.999),
 }

@@ -51,7 +51,7 @@ from minit2i.config import Settings, at_least, between, pick
 from minit2i.data import cached_array
 from minit2i.demo import demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Condition, Linear, Prior, cross_entropy, without_text
-from minit2i.papers import taming
+from minit2i.papers.taming import RECIPE as TAMING
 from minit2i.tokens import read_pieces
 
 # --- STAGE 1: tokenizer ----------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ CONDITIONS["t5"] = FrozenT5
 # --- RECIPE ----------------------------------------------------------------------------------------------
 
 RECIPE = {  # sec. 2; sizes, codebook and steps are a laptop's, for images of 64 pixels
-    "vq": taming.RECIPE["vq"],
+    "vq": TAMING["vq"],
     "prior": dict(model="masked", norm="layernorm", mlp="gelu", qk_norm=False, pos="learned")
     | dict(label_smoothing=0.1, text_weight=0.0, bpe_dropout=0.0, beta2=0.96, weight_decay=0.045),
 }

@@ -14,7 +14,7 @@ What differs here
     Positions of the ViT are fixed sines of row and column, so every grid works.
     The discriminator is Taming's PatchGAN (Parti: StyleGAN's with R1).
     WDSR starts as bicubic interpolation and is trained with any of the tokenizer's losses.
-    Pads of the caption are learned vectors that attention sees; the paper does not say what stands there.
+    Pads of the caption are learned vectors that attention sees; the paper does not say how it pads.
     The image tower reads codes, not pixels; features are means over positions.
     AdamW replaces Adafactor, with the same beta2 and weight decay; learning rates fall along a cosine.
 
