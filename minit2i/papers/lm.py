@@ -387,4 +387,10 @@ RECIPE = {  # sec. 3; sizes, codebook and steps are a laptop's, for images of 64
 
 
 if __name__ == "__main__":
-    demo("lm", __doc__, expect="TODO", vq=VQGAN, prior="--optimizer muon --lr 3e-3")
+    demo(
+        "lm",
+        __doc__,
+        expect="red and yellow objects, cyan shapes, two of two in number; green on black is lost",
+        vq=VQGAN,
+        prior="--optimizer muon --lr 3e-3",
+    )

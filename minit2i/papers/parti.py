@@ -449,7 +449,7 @@ if __name__ == "__main__":
     demo(
         "parti",
         __doc__,
-        expect="TODO",
+        expect="the right colours, numbers and places, in blocks of a patch; what is dark on black is lost by the ViT",
         vq="--ch 32 --n_res 2 --gan_start 400 --gan_ramp 100 --gan_ch 16 --gan_layers 2 --lr 1e-3",
         prior="--optimizer muon --lr 3e-3",
     )
