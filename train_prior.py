@@ -165,7 +165,7 @@ def settle(model_cfg, data_cfg, cfg):
     """Fill in dependent fields -> (the model's class, and the configs); ValueError for settings that conflict."""
     model, model_cfg = prior_config(asdict(model_cfg))
     if not data_cfg.image_size and not model.data:
-        saved = read_config(Path(cfg.out, "vq") if cfg.resume else cfg.vq)
+        saved = read_config(Path(cfg.out, "vq") if cfg.resume else cfg.init or cfg.vq)
         data_cfg = replace(data_cfg, image_size=saved["data"]["image_size"])
     if cfg.resume:
         before = read_config(cfg.out)["train"]

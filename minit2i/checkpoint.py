@@ -90,6 +90,12 @@ def has_state(folder):
     return Path(folder, "state", "resume.safetensors").exists()
 
 
+def check_free(folder):
+    """ValueError if a folder holds a model or a run, which writing there would lose."""
+    if Path(folder, "model.safetensors").exists() or has_state(folder):
+        raise ValueError(f"{folder} holds a model already; use another folder, or remove it first")
+
+
 def save_model(folder, tensors, config, dtype=None):
     """Write config.json and model.safetensors; dtype: convert floating-point weights."""
     if dtype:

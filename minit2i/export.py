@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from minit2i.checkpoint import load_tensors, read_config, save_model, write_file
+from minit2i.checkpoint import check_free, load_tensors, read_config, save_model, write_file
 from minit2i.flags import new_parser
 from minit2i.train import run
 
@@ -30,8 +30,7 @@ def export(folder, out):
     config = read_config(folder)
     if Path(folder, "lm").exists():
         raise ValueError(f"{folder} is a language model; {Path(folder, 'lm')} is the part of it that others can use")
-    if Path(out).resolve() == Path(folder).resolve():
-        raise ValueError(f"--out {out} is --model, whose float32 weights would be lost; use another")
+    check_free(out)
     tensors, _ = load_tensors(Path(folder, "model.safetensors"))
     save_model(out, tensors, without_paths(config), torch.float16)
     if Path(folder, "text.model").exists():

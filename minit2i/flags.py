@@ -107,7 +107,7 @@ def choose(config, values, parts):
     found = []
     for f in fields(config):
         for name in values.get(f.name, f.default).split(",") if f.name in parts else ():
-            found.append(getattr(named(f.name, name, parts[f.name]), "Config", None))
+            found.append(getattr(known(parts[f.name], f.name, name), "Config", None))
     return merge(config, *found)
 
 
@@ -149,11 +149,12 @@ def read_saved(given, resumed, configs):
 
 
 def check_resumed(given, saved, model):
-    """ValueError if a flag would change the recipe or the model of a resumed run."""
-    if given.get("recipe", "") not in ("", before := saved.get("recipe", "")):
-        raise ValueError(
-            f"--resume cannot change --recipe {given['recipe']} (the run has {before!r}); leave --recipe out"
-        )
+    """ValueError if a flag would change how a resumed run began, or its model."""
+    for name in ("recipe", "init", "train"):  # how the run began
+        if given.get(name, "") not in ("", before := saved.get(name, "")):
+            raise ValueError(
+                f"--resume cannot change --{name} {given[name]} (the run has {before!r}); leave --{name} out"
+            )
     now, before = vars(model), vars(pick(type(model), saved))
     changed = [f"--{k} {now[k]} (the run has {before[k]})" for k in now if now[k] != before[k]]
     if changed:

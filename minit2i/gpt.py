@@ -711,12 +711,13 @@ def resize_grid(tensors, model):
     """A prior's tensors for another code grid, as finetuning to larger images needs: learned positions are
     interpolated.
 
-    What the other prior did not have keeps its initialisation.
+    A condition that the other prior did not have keeps its initialisation.
     """
-    own = model.state_dict()
-    fitted = {k: v for k, v in own.items() if k.startswith("conditions.")} | tensors
+    own, known = model.state_dict(), {k.split(".")[1] for k in tensors if k.startswith("conditions.")}
+    new = {k: v for k, v in own.items() if k.startswith("conditions.") and k.split(".")[1] not in known}
+    fitted = new | tensors
     for name, axis in (("grid.row", 0), ("grid.column", 1)):
-        if name in fitted and name in own and fitted[name].shape != own[name].shape:
+        if name in fitted and name in own and fitted[name].shape != own[name].shape and own[name].numel():
             line = fitted[name].squeeze(1 - axis).t()[None]  # (1, D, n)
             line = F.interpolate(line.float(), own[name].shape[axis], mode="linear", align_corners=False)
             fitted[name] = line[0].t().unsqueeze(1 - axis)

@@ -342,6 +342,8 @@ def main():
     parser.add_argument("--image_size", type=int, default=64, help="pixels of a side [64]")
     parser.add_argument("--seed", type=int, default=0, help="scenes of another seed are others [0]")
     args = parser.parse_args()
+    if args.n < 1 or args.image_size < 8:
+        parser.error(f"--n {args.n}, --image_size {args.image_size}: use at least 1 image, of at least 8 pixels")
     if args.out == "scenes":
         parser.error("--data scenes means scenes that are generated while training; name the folder otherwise")
     out = Path(args.out)

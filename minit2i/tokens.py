@@ -65,6 +65,7 @@ class Text:
                 byte_fallback=True,
                 character_coverage=1.0,
                 hard_vocab_limit=False,
+                max_sentence_length=2**20,  # bytes; longer lines would be left out without a word
                 num_threads=1,
                 minloglevel=2,
             )

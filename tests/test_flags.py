@@ -16,7 +16,7 @@ from minit2i.train import TrainConfig
 @dataclass(frozen=True)
 class ModelConfig(Settings):
     kind: Annotated[str, "the kind of model"] = "plain"
-    extras: Annotated[str, "several, joined by commas"] = ""
+    extras: Annotated[str, "several, joined by commas"] = "none"
     width: Annotated[int, "channels", above(0)] = 8
     deep: Annotated[bool, "more layers"] = False
     n_codes: int = 0  # filled in by the script
@@ -93,6 +93,7 @@ def test_a_resumed_run_needs_no_flag_retyped(tmp_path):
         ("--kind plain", r"--kind plain \(the run has soft\)"),
         ("--model_size big", r"--width 64 \(the run has 12\)"),
         ("--recipe other", r"cannot change --recipe other \(the run has 'paper'\)"),
+        ("--init elsewhere", r"cannot change --init elsewhere \(the run has ''\)"),
     ):
         with pytest.raises(ValueError, match=message):
             parse(f"--out {run} --resume {flags}")

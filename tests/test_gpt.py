@@ -553,3 +553,12 @@ def test_positions_are_interpolated_for_another_grid(condition):
         large.load_state_dict(fitted)
     own = {k: v for k, v in large.state_dict().items() if k.startswith("conditions.") and ".text." not in k}
     assert all(fitted[k].equal(v) for k, v in own.items())
+
+
+def test_a_deeper_condition_is_no_start_from_a_shallower_one():
+    shallow, deep = (build(condition="encoder", n_encoder=n) for n in (1, 2))
+    with pytest.raises(RuntimeError, match="Missing key.*blocks.1"):
+        deep.load_state_dict(resize_grid(shallow.state_dict(), deep))
+    deep.load_state_dict(
+        resize_grid(build(condition="text").state_dict(), deep), strict=False
+    )  # a new condition may be

@@ -228,6 +228,9 @@ def test_towers_hand_over_their_text_encoder():
     again.load_state_dict(Towers.tensors_for(source.state_dict(), again))
     with pytest.raises(ValueError, match="use --condition encoder, --n_encoder as they have it"):
         Towers.tensors_for(source.state_dict(), build(text_len=8, n_vocab=40))
+    deeper = build(condition="encoder", n_encoder=3, text_len=8, n_vocab=40, n_codes=33)
+    with pytest.raises(ValueError, match="text encoder has no .*blocks.2.*: use --n_encoder as they have it"):
+        Towers.tensors_for(source.state_dict(), deeper)
     with pytest.raises(RuntimeError, match="size mismatch|Unexpected key|Missing key"):
         other = build(condition="encoder", n_encoder=1, text_len=8, n_vocab=40, n_codes=33)
         other.load_state_dict(Towers.tensors_for(source.state_dict(), other))

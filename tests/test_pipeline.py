@@ -28,7 +28,9 @@ def pipelines(tmp_path_factory):
 
     def pipeline(name):
         if name not in made:
-            made[name] = Pipeline(make_prior(folder / name, **PRIORS[name]))
+            made[name] = Pipeline(make_prior(folder / name, **PRIORS[name]), dtype=torch.float64)
+            if name in ("captioner", "towers"):  # the others sample codes, which rounding must not decide
+                made[name].model.float()
         return made[name]
 
     return pipeline
@@ -118,7 +120,9 @@ def test_an_image_depends_on_its_seed_alone(pipelines, name):
         parts = pipeline.sample_prompts(list(enumerate(PROMPTS)), cfg, batch=batch)
         assert parts.flatten(0, 1).equal(together)
     images = [x for _, x in pipeline(PROMPTS, cfg, batch=4)]
-    assert torch.cat(images).equal(pipeline.decode(together))
+    assert torch.allclose(torch.cat(images), pipeline.decode(together), atol=1e-4), (
+        "float32 convolutions of other batches"
+    )
     same = pipeline.sample_codes(["a red circle"] * 2, cfg)
     assert not same[:3].equal(same[3:]), "equal prompts have their own noise"
     assert [p for p, _ in pipeline("a red circle", cfg)] == ["a red circle"]
@@ -201,7 +205,7 @@ def test_scores_of_codes(pipelines):
     gpt, prompt = pipelines("gpt"), "a red circle"
     codes = gpt.sample_codes([prompt], config(gpt, n=5))
     batch = {"text": gpt.encode_prompts([prompt] * 5), "codes": codes.flatten(1)}
-    by_hand = F.cross_entropy(gpt.model.logits(batch)[1].mT, batch["codes"], reduction="none").mean(1)
+    by_hand = F.cross_entropy(gpt.model.logits(batch)[1].float().mT, batch["codes"], reduction="none").mean(1)
     assert torch.allclose(score_codes(gpt, None, prompt, codes, batch=2), by_hand, atol=1e-5)
     for name in ("captioner", "towers"):
         judge = pipelines(name)

@@ -172,3 +172,10 @@ def test_a_set_without_usable_entries_is_a_clear_error(damaged, text):
     nothing = SimpleNamespace(ok=np.zeros(3, bool), skipped=[*bad.items()])
     with pytest.raises(ValueError, match="none of the 3 entries can be used .*damaged image"):
         Coded(source, crops.images.indices[:3], {"codes": nothing}, text)
+
+
+def test_long_lines_are_learned():
+    """SentencePiece leaves out lines over 4,192 bytes unless told otherwise."""
+    text = Text(Text.train([" ".join(["zebra crossing"] * 600), "a cat"], 300), 16)
+    assert text.n_vocab > 259 + 6 and text.decode(text.encode("zebra")) == "zebra"
+    assert len(text.pieces("zebra")) <= 2

@@ -129,6 +129,15 @@ def test_dependent_settings_are_filled_in():
     assert settle(pick(GPTConfig, asdict(cfg) | {"model": "gpt"}), data, config())[0] is MODELS["gpt"]
 
 
+def test_a_finetuned_prior_keeps_its_image_size(tmp_path):
+    for name, size in (("vq", "32"), ("prior", "64x32")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"data": {"image_size": size}}))
+    data, folders = DataConfig(data="images", image_size=""), {name: str(tmp_path / name) for name in ("vq", "prior")}
+    assert settle(GPTConfig(), data, config(vq=folders["vq"]))[2].image_size == "32"
+    assert settle(GPTConfig(), data, config(vq=folders["vq"], init=folders["prior"]))[2].image_size == "64x32"
+
+
 # --- two steps of each kind of prior ---
 
 FLAGS = f"{COMMON_FLAGS} --n_layer 1 --n_head 2 --n_embd 16 --text_len 16 --vocab_size 320"

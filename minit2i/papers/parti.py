@@ -420,6 +420,9 @@ class Towers(Prior):
             )
         words = torch.cat([tensors["embedding.weight"][:n].to(own["embedding.weight"]), own["embedding.weight"][n:]])
         encoder = {f"conditions.encoder.{k}": v for k, v in tensors.items() if k.startswith("encoder.")}
+        missing = [k for k in own if k.startswith("conditions.encoder.encoder.") and k not in encoder]
+        if missing:
+            raise ValueError(f"the towers' text encoder has no {missing[0]}: use --n_encoder as they have it")
         return own | encoder | {"embedding.weight": words}
 
 
