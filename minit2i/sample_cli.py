@@ -275,6 +275,9 @@ def main(argv=None):
         image = crop(open_image("--image", args.image), pipeline.size)
         return print("\n".join(pipeline.captions(image[None], cfg)[0]))
     known = known_codes(pipeline, args)
+    if args.best_of:  # a judge that cannot score these images says so before they are sampled
+        grid = pipeline.grid if known is None else known.shape[1:]
+        score_codes(pipeline, judge, "", torch.zeros(1, *grid, dtype=torch.long, device=pipeline.device))
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
     hashes = [p.hash for p in (pipeline, *larger, judge) if p]
     hashes += [(larger or [pipeline])[-1].vq.hash] if args.vq else []
