@@ -272,7 +272,7 @@ def test_one_batch_is_learned(model, condition):
         inputs["text"][:, 0] = torch.arange(4)  # otherwise the second token cannot be known
     inputs = model.corrupt(inputs, range(4))
     optimizer, n = torch.optim.AdamW(model.parameters(), 5e-3), model.n_targets(inputs)
-    for _ in range(45):
+    for _ in range(90):
         loss = model(inputs)
         optimizer.zero_grad()
         sum(loss[name] / n[name] for name in loss).backward()
