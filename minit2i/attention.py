@@ -1,7 +1,7 @@
 """The attention masks, each written once, and attention under them.
 
 A mask is a function (q, k, layout) -> whether position q may attend to position k, for integer tensors that broadcast.
-Training, cached sampling and the picture of the masks all take it from MASKS; --mask gives each layer its own.
+Training, cached sampling and the image of the masks all take it from MASKS; --mask gives each layer its own.
 
 `attend` picks the fastest way that gives the dense mask's result (measured on CPUs; on GPUs by reading):
 
