@@ -74,11 +74,14 @@ def file_hash(path):
 # --- models --------------------------------------------------------------------------------------------
 
 
-def read_config(folder):
-    """config.json of a checkpoint folder -> dict.  ValueError if it is missing or damaged."""
+def read_config(folder, keys=("kind", "model")):
+    """config.json of a checkpoint folder -> dict.  ValueError if it is missing or damaged, or lacks a key."""
     path = Path(folder, "config.json")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
+        if missing := [key for key in keys if key not in config]:
+            raise ValueError(f"{path} is not the config of a model: it lacks {', '.join(missing)}")
+        return config
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a checkpoint folder: no config.json in it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:

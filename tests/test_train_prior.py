@@ -132,7 +132,8 @@ def test_dependent_settings_are_filled_in():
 def test_a_finetuned_prior_keeps_its_image_size(tmp_path):
     for name, size in (("vq", "32"), ("prior", "64x32")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"data": {"image_size": size}}))
+        config_json = {"kind": name, "model": {}, "train": {}, "data": {"image_size": size}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config_json))
     data, folders = DataConfig(data="images", image_size=""), {name: str(tmp_path / name) for name in ("vq", "prior")}
     assert settle(GPTConfig(), data, config(vq=folders["vq"]))[2].image_size == "32"
     assert settle(GPTConfig(), data, config(vq=folders["vq"], init=folders["prior"]))[2].image_size == "64x32"

@@ -105,7 +105,7 @@ PLAIN = {  # config.json keys that must have one of these values: what they swit
 
 def llama_shape(folder):
     """The fields of GPTConfig that a language model's folder fixes; ValueError if it is not a plain Llama."""
-    config = read_config(folder)
+    config = read_config(folder, ["model_type"])
     for key, values in PLAIN.items():
         if config.get(key) not in values:
             raise ValueError(

@@ -284,7 +284,7 @@ T5_NAMES = (  # of the Hugging Face layout -> ours
 
 def load_t5(folder, dtype=torch.float32):
     """The encoder of a folder, frozen, weights in dtype; ValueError if it is not a T5 v1.1."""
-    config, weights = read_config(folder), {}
+    config, weights = read_config(folder, ["model_type"]), {}
     if config.get("model_type") != "t5" or config.get("feed_forward_proj") != "gated-gelu":
         raise ValueError(
             f"{folder} is not a T5 v1.1 (no gated-gelu t5 in its config.json); use google/t5-v1_1-* or alike"
@@ -401,7 +401,10 @@ class FrozenT5(Condition):
         if not cfg.t5:
             raise ValueError("--condition t5 needs --t5, the folder of a frozen T5 v1.1 encoder")
         return replace(
-            cfg, t5=str(Path(cfg.t5).resolve()), t5_width=read_config(cfg.t5)["d_model"], t5_hash=folder_hash(cfg.t5)
+            cfg,
+            t5=str(Path(cfg.t5).resolve()),
+            t5_width=read_config(cfg.t5, ["d_model"])["d_model"],
+            t5_hash=folder_hash(cfg.t5),
         )
 
     @staticmethod
