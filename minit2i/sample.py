@@ -20,7 +20,7 @@ import torch
 
 from minit2i.checkpoint import file_hash, load_model, load_vq, read_config
 from minit2i.config import Settings, at_least, between, merge, pick
-from minit2i.gpt import CONDITIONS, MODELS, build_prior
+from minit2i.gpt import MODELS, build_prior, conditions_of
 from minit2i.tokens import Text
 from minit2i.vq import shrink
 
@@ -195,8 +195,8 @@ def sample_settings(*configs):
 
 def load_text(folder, cfg, device="cpu"):
     """The reader of a prior's captions: its condition's (a frozen T5), or the folder's SentencePiece model."""
-    for name in cfg.condition.split(","):
-        if reader := CONDITIONS[name].reader(cfg, device):
+    for condition in conditions_of(cfg):
+        if reader := condition.reader(cfg, device):
             return reader
     return Text(Path(folder, "text.model").read_bytes(), cfg.text_len)
 
@@ -332,13 +332,15 @@ def score_codes(pipeline, judge, prompt, codes, batch=64):
 
     judge: Pipeline of a captioner or of two towers; None: the loss of the codes themselves.  ValueError if it cannot.
     """
-    judge, scores = judge or pipeline, []
+    who, judge, scores = "the judge" if judge else "the likelihood", judge or pipeline, []
     for part in codes.split(batch):
         part = as_codes_of(judge, pipeline, part)
         if judge.shrink:
-            raise ValueError("the judge enlarges images; use another --judge")
+            raise ValueError(f"{who} is of a prior that enlarges images; use another --judge")
         if part.shape[1:] != judge.grid:
-            raise ValueError(f"the judge scores images of {judge.grid} codes, not {(*part.shape[1:],)}; use another")
+            raise ValueError(
+                f"{who} scores images of {judge.grid} codes, not {(*part.shape[1:],)}; use another --judge"
+            )
         text = judge.encode_prompts([prompt] * len(part))
         scores.append(judge.model.score({"text": text, "codes": part.flatten(1)}))
     return torch.cat(scores)

@@ -212,7 +212,7 @@ def test_scores_of_codes(pipelines):
         text = judge.encode_prompts([prompt] * 5)
         expected = judge.model.score({"text": text, "codes": codes.flatten(1)})
         assert torch.allclose(score_codes(gpt, judge, prompt, codes, batch=2), expected, atol=1e-5)
-    for name, message in (("masked", "gives no score"), ("coarse", "the judge enlarges images")):
+    for name, message in (("masked", "gives no score"), ("coarse", "the judge is of a prior that enlarges images")):
         with pytest.raises(ValueError, match=message):
             score_codes(gpt, pipelines(name), prompt, codes)
     with pytest.raises(ValueError, match=r"scores images of \(4, 4\) codes, not \(5, 4\)"):

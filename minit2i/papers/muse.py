@@ -441,7 +441,7 @@ if __name__ == "__main__":
     demo(
         "muse",
         __doc__,
-        expect="blobs of the right colours: a masked prior learns every order of sampling and needs several times the steps",
+        expect="blobs of the right colours: a masked prior learns every order, which takes several times the steps",
         vq="--ch 16 --decoder vqvae --decoder_ch 32 --recon l2 --quantizer ema --discriminator none --lr 2e-3",
         prior="--optimizer muon --lr 3e-3",
         sample="--steps 12 --choice_noise 1",

@@ -310,7 +310,7 @@ if __name__ == "__main__":
     demo(
         "taming",
         __doc__,
-        expect="objects in the right number and place, without colour: the VQGAN's norms lose it in so few steps (lm's MoVQ does not)",
+        expect="objects in number and place, without colour, which VQGAN's norms lose in so few steps (lm's MoVQ: not)",
         vq=VQGAN,
         prior="--optimizer muon --lr 3e-3",
     )
