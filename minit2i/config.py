@@ -17,6 +17,9 @@ class Group(str):
     """The heading of --help that a field stands under."""
 
 
+RARE = object()  # marks a field that only `--help all` shows
+
+
 @dataclass(frozen=True)
 class Bounds:
     """Numbers from `low` to `high`; open: `low` itself is not allowed."""
@@ -51,7 +54,7 @@ def between(low, high, open=False):
 
 
 class Field(NamedTuple):
-    """What an annotation says: Annotated[type, help, Group(...), (choice, ...), bounds], all but type and help
+    """What an annotation says: Annotated[type, help, Group(...), (choice, ...), bounds, RARE], all but type and help
     optional."""
 
     type: type
@@ -59,6 +62,7 @@ class Field(NamedTuple):
     group: str
     choices: tuple | None
     bounds: Bounds | None
+    rare: bool
 
 
 @cache
@@ -75,7 +79,8 @@ def annotations(config):
                 text, *rest = hints[name].__metadata__
                 given = {kind: x for x in rest for kind in (Group, tuple, Bounds) if isinstance(x, kind)}
                 group = given.get(Group, getattr(owner, "group", "Model"))
-                found[name] = Field(hints[name].__origin__, text, group, given.get(tuple), given.get(Bounds))
+                choices, bounds, rare = given.get(tuple), given.get(Bounds), any(x is RARE for x in rest)
+                found[name] = Field(hints[name].__origin__, text, group, choices, bounds, rare)
     return {f.name: found[f.name] for f in fields(config) if f.name in found}
 
 

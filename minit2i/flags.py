@@ -27,10 +27,11 @@ def count(text):
     return int(text)
 
 
-def add_flags(parser, *configs, values={}, parts={}):
+def add_flags(parser, *configs, values={}, parts={}, rare=True):
     """A flag for every annotated field of the config dataclasses, under the headings of their groups.
 
     values: shown by --help instead of the class's defaults.  parts: {field: registry}, whose names --help lists.
+    rare: whether --help shows the rare ones.
     """
     found = {}  # name -> (heading, Field, default); of two configs with one field, the first counts
     training = any("recipe" in annotations(config) for config in configs)
@@ -52,7 +53,8 @@ def add_flags(parser, *configs, values={}, parts={}):
             names = f": {', '.join(parts[name])}" if name in parts else ""
             shown = values.get(name, default)
             shown = f" [{shown}]" if shown not in ("", MISSING) else ""
-            group.add_argument(f"--{name}", help=(field.help + names + shown).replace("%", "%%"), **how)
+            text = (field.help + names + shown).replace("%", "%%") if rare or not field.rare else argparse.SUPPRESS
+            group.add_argument(f"--{name}", help=text, **how)
 
 
 def parse_flags(doc, configs, parts, recipes, sizes={}, argv=None):
@@ -69,9 +71,9 @@ def parse_flags(doc, configs, parts, recipes, sizes={}, argv=None):
     every = [*configs, *dict.fromkeys(part for part in every if part)]
     parser = new_parser(doc, add_help=False, argument_default=argparse.SUPPRESS)
     add_flags(parser, *every)
-    parser.add_argument("-h", "--help", action="store_true", help="show this text and exit")
+    parser.add_argument("-h", "--help", nargs="?", const="usual", choices=("usual", "all"))
     given = vars(parser.parse_args(argv))
-    helping = given.pop("help", False)
+    helping = given.pop("help", "")
     if not helping and "out" not in given:
         parser.error("the following arguments are required: --out")
     resumed = not helping and check_folder(given)
@@ -88,7 +90,7 @@ def parse_flags(doc, configs, parts, recipes, sizes={}, argv=None):
         if not any(name in annotations(config) for config in chosen):
             raise ValueError(f"--{name} is a setting of {owner(name, parts)}; add that, or leave --{name} out")
     if helping:
-        show_help(doc, chosen, values, parts, recipes)
+        show_help(doc, chosen, values, parts, recipes, helping == "all")
     result = [pick(config, values) for config in chosen]
     if resumed:
         check_resumed(given, saved, result[0])
@@ -181,9 +183,9 @@ def as_flag(name, value):
     return f"--{name} {value:.4g}" if isinstance(value, float) else f"--{name} {value}"
 
 
-def show_help(doc, configs, values, parts, recipes):
+def show_help(doc, configs, values, parts, recipes, rare):
     """Print the flags of the chosen parts and what each recipe sets, and exit."""
-    epilog = ["recipes, whose settings are defaults:"]
+    epilog = ["--help all also shows rarely needed flags.", "recipes, whose settings are defaults:"]
     for name, settings in recipes.items():
         flags = " ".join(as_flag(k, v) for k, v in settings.items())
         epilog += textwrap.wrap(f"{name}: {flags}", 110, initial_indent="  ", subsequent_indent="      ")
@@ -192,7 +194,7 @@ def show_help(doc, configs, values, parts, recipes):
         epilog.append("give the choice together with --help.")
     epilog = "\n".join(epilog).replace("%", "%%")
     parser = new_parser(doc, epilog=epilog, argument_default=argparse.SUPPRESS)
-    add_flags(parser, *configs, values=values, parts=parts)
+    add_flags(parser, *configs, values=values, parts=parts, rare=rare)
     parser.print_help()
     sys.exit()
 
