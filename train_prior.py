@@ -17,13 +17,13 @@ from typing import Annotated, Any
 
 import torch
 
-from minit2i.checkpoint import file_hash, load_model, load_vq, read_config, write_file
+from minit2i.checkpoint import file_hash, keep_copy, load_model, load_vq, read_config, write_file
 from minit2i.collectives import barrier
-from minit2i.config import Group, at_least, between, merge
+from minit2i.config import RARE, Group, at_least, between, merge
 from minit2i.data import DataConfig, Skipped, captions, none_usable, parse_size, split, step_batches
 from minit2i.flags import describe, parse_flags
 from minit2i.fp16 import make_scaler
-from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, conditions_of, prior_config
+from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, View, conditions_of, prior_config, views_of
 from minit2i.papers import RECIPES, SIZES
 from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.plot import captioned_grid
@@ -67,6 +67,7 @@ class PriorTrainConfig(TrainConfig):
     checkpoint_activations: Annotated[bool, "recompute blocks in the backward pass: less memory", Group("Scale")] = (
         False
     )
+    keep: Annotated[bool, "keep the checkpoint of each evaluation, in OUT/step-N", Group("Run"), RARE] = False
     block_scale: Annotated[bool, "a gradient scale for each residual branch (DALL-E)", Group("Half precision")] = False
 
 
@@ -86,8 +87,14 @@ class Data:
     skipped: Skipped | str = "no images"
 
 
+def keep_tokenizer(folder, out):
+    """Copy a tokenizer into the run's folder."""
+    for name in ("config.json", "model.safetensors"):
+        write_file(Path(out, name), Path(folder, name).read_bytes())
+
+
 def keep_inputs(model, model_cfg, cfg, source, indices):
-    """Copy the tokenizer into the new run's folder and, unless a condition reads captions itself, its text model."""
+    """Copy the tokenizers into the new run's folder and, unless a condition reads captions itself, its text model."""
     words = None
     if not any(condition.reads_captions for condition in conditions_of(model_cfg)):
         words = model.vocabulary(model_cfg)
@@ -98,8 +105,10 @@ def keep_inputs(model, model_cfg, cfg, source, indices):
             if (first := next(some, None)) is None:
                 raise none_usable(indices, [(source.key(int(i)), "no caption") for i in indices[:3]])
             words = Text.train(chain([first], some), cfg.vocab_size)
-    for name in ("config.json", "model.safetensors"):
-        write_file(Path(cfg.out, "vq", name), Path(cfg.vq, name).read_bytes())
+    keep_tokenizer(cfg.vq, Path(cfg.out, "vq"))
+    for view in views_of(model_cfg):
+        if view.vq:
+            keep_tokenizer(view.vq, Path(cfg.out, f"{view.key}_vq"))
     if words:
         write_file(Path(cfg.out, "text.model"), words)
 
@@ -119,6 +128,23 @@ def trained_as(folder):
     return MODELS[read_config(folder)["model"]["model"]]
 
 
+def load_views(model_cfg, cfg, vq, device):
+    """What the caches are to hold -> {key: (View, its tokenizer)}: the prior's own codes and those that its conditions
+    read.  ValueError if --init has learned those of another tokenizer."""
+    views = {"codes": (View("codes", lambda images: images, ""), vq)}
+    for view in views_of(model_cfg):
+        other = vq
+        if view.vq:
+            other = load_vq(Path(cfg.out, f"{view.key}_vq") if cfg.resume else view.vq, device)
+            if other.hash != view.vq_hash:
+                raise ValueError(
+                    f"{cfg.init} learned the {view.key} codes of another tokenizer than {view.vq}; "
+                    f"use --{view.key}_vq {Path(cfg.init, f'{view.key}_vq')}"
+                )
+        views[view.key] = view, other
+    return views
+
+
 def load_images(model, model_cfg, data_cfg, cfg, procs):
     """Captions -> text model, images -> codes, once.  ValueError if --init has learned the codes of another
     tokenizer."""
@@ -133,13 +159,10 @@ def load_images(model, model_cfg, data_cfg, cfg, procs):
     barrier()
     text = read_captions(model_cfg, cfg, sets, procs)
     crops, val_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed), Crops(val_source, val, data_cfg)
-    views = {"codes": (lambda images: images, "")}
-    views |= dict(
-        condition.extra_codes(model_cfg) for condition in conditions_of(model_cfg) if condition.extra_codes(model_cfg)
-    )
+    views = load_views(model_cfg, cfg, vq, procs.device)
 
     def caches(crops):
-        return {key: code_cache(cfg.cache, crops, vq, procs, view, name) for key, (view, name) in views.items()}
+        return {key: code_cache(cfg.cache, crops, own, procs, view.f, view.name) for key, (view, own) in views.items()}
 
     train_caches, val_caches = caches(crops), caches(val_crops)
     if not val_caches["codes"].ok.any():  # a few images, and the one kept for validation is unusable
@@ -175,13 +198,20 @@ def settle(model_cfg, data_cfg, cfg):
     return model, model_cfg, data_cfg, cfg
 
 
+def with_codes(model_cfg, vq, grid):
+    """A prior's config with what its tokenizer decides, for images of `grid` (h, w) codes."""
+    model_cfg = replace(model_cfg, n_codes=vq.cfg.n_codes, grid_h=grid[0], grid_w=grid[1])
+    for condition in conditions_of(model_cfg):
+        model_cfg = condition.fit(model_cfg, vq.cfg.stride)
+    return model_cfg
+
+
 def make_model(model, model_cfg, cfg, data):
     """The prior at its start: randomly initialised, from --init, or as its settings say (a language model)."""
     torch.manual_seed(cfg.seed)
     model_cfg = replace(model_cfg, n_vocab=data.text.n_vocab)
     if data.vq:
-        grid_h, grid_w = data.grid
-        model_cfg = replace(model_cfg, n_codes=data.vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
+        model_cfg = with_codes(model_cfg, data.vq, data.grid)
     if cfg.resume and asdict(model_cfg) != read_config(cfg.out)["model"]:
         raise ValueError(f"--resume cannot change the code grid or the text of {cfg.out}; use another --out")
     prior = model(model_cfg)
@@ -201,8 +231,7 @@ def say_sizes(model, model_cfg, data_cfg, cfg):
             return print(f"there is no tokenizer in {cfg.vq} yet: its codes decide the prior's size")
         with torch.device("meta"):
             vq = build_vq(read_config(cfg.vq)["model"])
-        grid_h, grid_w = vq.grid(*parse_size(data_cfg.image_size))
-        model_cfg = replace(model_cfg, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
+        model_cfg = with_codes(model_cfg, vq, vq.grid(*parse_size(data_cfg.image_size)))
     with torch.device("meta"):
         prior = model(replace(model_cfg, n_vocab=model_cfg.n_vocab or cfg.vocab_size))
     print(f"{n_params(prior) / 1e6:.2f} M parameters, {prior.layout.n_prefix}+{prior.cfg.n_image} positions")
@@ -335,6 +364,8 @@ def main():
             save_run(cfg.out, config, step, learners, ema, n_cut=int(procs.sum([n_cut])[0]))
             if procs.main:
                 model.after_save(cfg.out, data.text)
+                if cfg.keep:
+                    keep_copy(cfg.out, Path(cfg.out, f"step-{step:06d}"))
         if ending:
             break
 

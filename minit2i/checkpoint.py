@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -73,6 +74,8 @@ def file_hash(path):
 
 # --- models --------------------------------------------------------------------------------------------
 
+CHECKPOINT = ("config.json", "model.safetensors", "text.model")  # files of a prior, beside its tokenizer in vq/
+
 
 def read_config(folder, keys=("kind", "model")):
     """config.json of a checkpoint folder -> dict.  ValueError if it is missing or damaged, or lacks a key."""
@@ -106,6 +109,18 @@ def save_model(folder, tensors, config, dtype=None):
         tensors = {k: v.clamp(-most, most).to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     write_file(Path(folder, "config.json"), json.dumps(config, indent=1) + "\n")
     save_tensors(Path(folder, "model.safetensors"), tensors)
+
+
+def keep_copy(folder, copy):
+    """Copy a prior's checkpoint to another folder, by hard links where it can: later saves replace files, not links."""
+    for path in [p for p in Path(folder).glob("*") if p.name in CHECKPOINT] + [*Path(folder).glob("*vq/*")]:
+        target = Path(copy, path.relative_to(folder))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(path, target)
+        except OSError:  # another file system, or one without links
+            shutil.copy(path, target)
 
 
 def load_model(folder, model, fit=lambda tensors, model: tensors):

@@ -10,9 +10,11 @@ import torch
 from conftest import COMMON_FLAGS
 from PIL import Image
 from processes import call
+from untrained import make_prior, make_vq
 
 import train_prior
 import train_vq
+from minit2i.checkpoint import keep_copy
 from minit2i.experiments import systems
 from minit2i.experiments.systems import SystemsConfig, fit_width, widths
 from minit2i.gpt import build_prior
@@ -131,7 +133,8 @@ def test_a_finished_row_is_not_run_again(tmp_path, monkeypatch):
 
 
 def test_the_report_puts_rows_side_by_side(tmp_path):
-    rows = {name: {"figures": {"prior, M": 1.0, "PSNR, dB": 20.12}} for name in ("taming", "muse")}
+    figures, learning = {"prior, M": 1.0, "PSNR, dB": 20.12}, [(160, 40.0), (320, 90.0)]
+    rows = {name: {"figures": figures, "learning": learning} for name in ("taming", "muse")}
     for name in rows:
         log = tmp_path / name / "prior" / "log.jsonl"
         log.parent.mkdir(parents=True)
@@ -140,3 +143,30 @@ def test_the_report_puts_rows_side_by_side(tmp_path):
     table = systems.report(tmp_path, rows)
     assert table.splitlines()[2:] == ["| prior, M | 1 | 1 |", "| PSNR, dB | 20.1 | 20.1 |"]
     assert Image.open(tmp_path / "images.png").size == (76, 16) and (tmp_path / "curves.png").exists()
+    assert (tmp_path / "accuracy.png").exists()
+
+
+def test_priors_on_one_frozen_tokenizer(tmp_path, monkeypatch):
+    """No tokenizer is trained; priors have its codes and equal sizes; the masked one gets more steps."""
+    cfg = replace(CFG, tokenizer=str(make_vq(tmp_path / "vq", image_size="32")), masked_times=4, prior="--steps 10")
+    cfg, runs = replace(cfg, image_size="32"), []
+    monkeypatch.setattr(systems, "run_script", lambda script, flags, out: runs.append(" ".join([script, *flags])))
+    monkeypatch.setattr(systems, "file_hash", lambda path: "same")
+    monkeypatch.setattr(systems, "measure", lambda *_: {"figures": {}})
+    for name in ("taming", "muse"):
+        systems.make_row(name, tmp_path / name, systems.widths(name, cfg), ["a"], cfg)
+    assert len(runs) == 2 and all(line.startswith("train_prior.py") for line in runs)
+    assert all(f"--vq {cfg.tokenizer}" in line for line in runs)
+    assert "--steps 10" in runs[0] and "--steps 40" in runs[1]
+    with pytest.raises(ValueError, match="multiplies --steps"):
+        call(systems, f"--out {tmp_path / 'out'} --masked_times 4")
+
+
+def test_accuracy_is_measured_at_each_kept_checkpoint(tmp_path):
+    make_prior(tmp_path, text_len=28, std=0)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"train": {"batch_size": 16}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for step in (10, 20):
+        keep_copy(tmp_path, tmp_path / f"step-{step:06d}")
+    points = systems.learning(tmp_path, replace(CFG, device="cpu", prompts_per_category=1))
+    assert [n for n, _ in points] == [160, 320] and all(0 <= accuracy <= 100 for _, accuracy in points)

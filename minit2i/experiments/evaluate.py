@@ -57,14 +57,15 @@ def rendered(scenes, pipe):
     return torch.stack([crop(render(scene, *pipe.size), pipe.size) for scene in scenes])
 
 
-def scene_accuracy(pipe, cfg, n=500, batch=64, say=print):
+def scene_accuracy(pipe, cfg, n=500, batch=64, say=print, splits=("seen", "held_out")):
     """Accuracy per category on n prompts, one image each, seen and held-out combinations separately.
 
     Returns {"seen": {category: accuracy, "overall": mean}, "held_out": ..., "tokenizer": ...}.  "tokenizer" is the
     oracle's accuracy on true renders of the seen prompts after encoding and decoding, the ceiling of any prior.
     """
     table, done = {}, 0
-    for split, held_out in (("seen", False), ("held_out", True)):
+    for split in splits:
+        held_out = split == "held_out"
         results, roundtrip = [], []
         for category in CATEGORIES:
             prompts = scene_prompts(category, held_out, n)
