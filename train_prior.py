@@ -153,13 +153,14 @@ def load_images(model, model_cfg, data_cfg, cfg, procs):
         if file_hash(own := Path(cfg.init, "vq", "model.safetensors")) != vq.hash:
             raise ValueError(f"{cfg.init} learned the codes of another tokenizer than {cfg.vq}; use --vq {own.parent}")
     grid = vq.grid(*parse_size(data_cfg.image_size))
+    model_cfg = with_codes(model_cfg, vq, grid)  # what does not fit is refused before anything is encoded
+    views = load_views(model_cfg, cfg, vq, procs.device)
     sets = (source, train), (val_source, val) = split(data_cfg)
     if procs.main and not cfg.resume:
         keep_inputs(model, model_cfg, cfg, source, train)
     barrier()
     text = read_captions(model_cfg, cfg, sets, procs)
     crops, val_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed), Crops(val_source, val, data_cfg)
-    views = load_views(model_cfg, cfg, vq, procs.device)
 
     def caches(crops):
         return {key: code_cache(cfg.cache, crops, own, procs, view.f, view.name) for key, (view, own) in views.items()}

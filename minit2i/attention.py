@@ -12,6 +12,9 @@ Training, cached sampling and the image of the masks all take it from MASKS; --m
     one new position  the keys that it sees; compiled: the whole cache under one row of the mask
     anything else     the dense mask
 
+All of them take `seen` (B, M), the keys that a sample's queries may attend to at all: pads of a caption can be hidden.
+The first key must be among them, so that each query sees something.
+
 Shapes: B batch, H heads, S queries, M keys, K head size, P prefix length, h w code grid, N = h*w, L = P+N sequence.
 """
 
@@ -127,13 +130,16 @@ class AttentionMask(nn.Module):
             self.ends = dense.sum(1).cumsum(0).tolist()
             keys = at[:0] if self.is_causal else dense.nonzero()[:, 1]
             self.register_buffer("keys", keys, persistent=False)  # seen by position 0, then by 1, ...
+            self.by_columns, order = False, at
             if not (self.is_causal or self.is_open):
-                self.make_bands(dense, at)
+                order = self.make_bands(dense, at)
+            self.register_buffer("order", order, persistent=False)
+            self.register_buffer("inverse", order.argsort(), persistent=False)
 
     def make_bands(self, dense, at):
         """Split the queries into bands and find the lines (rows or columns of codes) that any query of a band sees.
 
-        order (L,): positions with rows or columns contiguous, whichever needs fewer scores; inverse (L,).
+        -> order (L,): positions with rows or columns contiguous, whichever needs fewer scores.
         blocks: sizes of the prefix and of each line; queries: sizes of the bands; bands: the blocks that each reads;
         visible0, ... bool: the mask of each band; n_scores: how many scores there are in all.
         """
@@ -154,10 +160,9 @@ class AttentionMask(nn.Module):
                 )
                 self.blocks, self.queries = [len(x) for x in blocks], [len(x) for x in queries]
                 visible = [dense[q][:, k] for q, k in zip(queries, keys)]
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("inverse", order.argsort(), persistent=False)
         for i, mask in enumerate(visible):
             self.register_buffer(f"visible{i}", mask, persistent=False)
+        return order
 
     def keys_of(self, position):
         """The keys that one position sees (M,), if the mask is not plainly causal."""
@@ -177,42 +182,58 @@ class AttentionMask(nn.Module):
 # --- attention under a mask ------------------------------------------------------------------------------
 
 
-def attend(q, k, v, mask, start=0, alpha=None):
+def attend(q, k, v, mask, start=0, alpha=None, seen=None):
     """Attention of positions start ... start+S-1: q (B, H, S, K), k and v (B, H, start+S, K) -> (B, H, S, K).
 
     mask: an AttentionMask.  start may be a tensor (1,) for one position: k and v may then hold later positions, too.
+    seen: bool (B, L), False at pads that are hidden from all queries; None: nothing is.
     alpha: PB-Relax, CogView, arXiv:2105.13290 sec. 2.4: softmax((q k^T / alpha - max) * alpha), dividing before the
     product, after which it would protect nothing.  A fused kernel keeps its scores in float32 and subtracts their
     maximum itself: there q is divided by alpha, and alpha is the kernel's scale.
     """
     s, stop = q.shape[2], k.shape[2]
+    seen = None if seen is None else seen[:, :stop]
     if isinstance(start, torch.Tensor):
-        return dense_attention(q, k, v, mask.dense[start, :stop], alpha=alpha)
+        return dense_attention(q, k, v, mask.dense[start, :stop], alpha=alpha, seen=seen)
     if s == 1 and stop > 1:
         keys = None if mask.is_causal else mask.keys_of(start)
         if keys is None or len(keys) == stop:
-            return dense_attention(q, k, v, alpha=alpha)
+            return dense_attention(q, k, v, alpha=alpha, seen=seen)
+        if seen is not None:
+            k, v = (x.index_select(2, keys) for x in (k, v))
+            return dense_attention(q, k, v, alpha=alpha, seen=seen[:, keys])
         n = mask.n_shared if start >= mask.n_shared >= 128 else 0  # measured: a shorter prefix is faster gathered, too
         k, v = ((x[:, :, :n], x.index_select(2, keys[n:])) for x in (k, v))
         return two_part_attention(q, k, v, alpha) if n else dense_attention(q, k[1], v[1], alpha=alpha)
-    if mask.is_causal and start == 0:
-        return dense_attention(q, k, v, is_causal=True, alpha=alpha)
+    if mask.is_causal and start == 0 and not (seen is not None and q.is_cuda):
+        return dense_attention(q, k, v, is_causal=True, alpha=alpha, seen=seen)
     if s < mask.layout.length:
-        return dense_attention(q, k, v, mask.dense[start:stop, :stop], alpha=alpha)
+        return dense_attention(q, k, v, mask.dense[start:stop, :stop], alpha=alpha, seen=seen)
     if mask.is_open:
-        return dense_attention(q, k, v, alpha=alpha)
-    return (flex if q.is_cuda else banded)(q, k, v, mask, alpha)
+        return dense_attention(q, k, v, alpha=alpha, seen=seen)
+    return (flex if q.is_cuda else banded)(q, k, v, mask, alpha, seen)
 
 
-def dense_attention(q, k, v, mask=None, is_causal=False, alpha=None):
-    """softmax(q k^T / sqrt K + mask) v: q (B, H, S, K), k and v (B, H, M, K), mask (S, M) bool -> (B, H, S, K).
+def visible(mask, seen):
+    """A mask (S, M) and visible keys (B, M), None: all -> both in one mask that broadcasts to (B, H, S, M), or None."""
+    if mask is None or seen is None:
+        return mask if seen is None else seen[:, None, None]
+    return mask & seen[:, None, None]
+
+
+def dense_attention(q, k, v, mask=None, is_causal=False, alpha=None, seen=None):
+    """softmax(q k^T / sqrt K + mask) v: q (B, H, S, K), k and v (B, H, M, K), mask (S, M) bool, seen (B, M) bool ->
+    (B, H, S, K).
 
     Training on a CPU in half precision, up to 512 keys, takes explicit products: the fused kernel's backward pass is
     slow there.  If causal, 64 queries at a time read only the keys up to the last of them.
     """
     n = q.shape[2]
+    if is_causal and seen is not None:
+        mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
     if not q.is_cpu or not q.requires_grad or q.dtype == torch.float32 or k.shape[2] > 512:
         q, scale = divide(q, alpha)
+        is_causal, mask = is_causal and seen is None, visible(mask, seen)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
     if is_causal:
         mask = torch.ones(n, n, dtype=torch.bool).tril()
@@ -220,8 +241,9 @@ def dense_attention(q, k, v, mask=None, is_causal=False, alpha=None):
     for i in range(0, n, 64 if is_causal else n):
         part = q[:, :, i : i + 64 if is_causal else n]
         j = min(i + 64, n) if is_causal else k.shape[2]  # keys read
-        seen = None if mask is None else mask[i : i + part.shape[2], :j]
-        out.append(products(part, k[:, :, :j], v[:, :, :j], seen, alpha))
+        rows = None if mask is None else mask[i : i + part.shape[2], :j]
+        shown = visible(rows, None if seen is None else seen[:, :j])
+        out.append(products(part, k[:, :, :j], v[:, :, :j], shown, alpha))
     return torch.cat(out, 2)
 
 
@@ -253,15 +275,17 @@ def two_part_attention(q, k, v, alpha=None):
     return first @ v[0] + second @ v[1]
 
 
-def banded(q, k, v, mask, alpha=None):
+def banded(q, k, v, mask, alpha=None, seen=None):
     """The whole sequence in bands of queries, each with the prefix and the rows or columns that any of them sees."""
     if mask.by_columns:
         q, k, v = (x.index_select(2, mask.order) for x in (q, k, v))
     k, v = k.split(mask.blocks, 2), v.split(mask.blocks, 2)
+    seen = None if seen is None else seen[:, mask.order].split(mask.blocks, 1)
     out = []
     for i, (part, band) in enumerate(zip(q.split(mask.queries, 2), mask.bands)):
         keys, values = (torch.cat([x[j] for j in band], 2) for x in (k, v))
-        out.append(dense_attention(part, keys, values, getattr(mask, f"visible{i}"), alpha=alpha))
+        shown = None if seen is None else torch.cat([seen[j] for j in band], 1)
+        out.append(dense_attention(part, keys, values, getattr(mask, f"visible{i}"), alpha=alpha, seen=shown))
     y = torch.cat(out, 2)
     return y.index_select(2, mask.inverse) if mask.by_columns else y
 
@@ -273,10 +297,19 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex(q, k, v, mask, alpha=None):
-    """The whole sequence with FlexAttention, rows or columns contiguous so that whole blocks are skipped."""
+def flex(q, k, v, mask, alpha=None, seen=None):
+    """The whole sequence with FlexAttention, rows or columns contiguous so that whole blocks are skipped.
+
+    Hidden pads have a score of -inf, so that one block mask serves all batches.
+    """
     q, scale = divide(q, alpha)
     if mask.by_columns:
         q, k, v = (x.index_select(2, mask.order) for x in (q, k, v))
-    y = compiled_flex()(q, k, v, block_mask=mask.block_mask(q.device), scale=scale)
+    shown = None if seen is None else seen[:, mask.order]
+
+    def hide(score, b, h, q, k):
+        return torch.where(shown[b, k], score, -math.inf)
+
+    score_mod = None if seen is None else hide
+    y = compiled_flex()(q, k, v, score_mod, block_mask=mask.block_mask(q.device), scale=scale)
     return y.index_select(2, mask.inverse) if mask.by_columns else y

@@ -18,16 +18,17 @@ D width, H heads, K head size, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from minit2i.attention import AttentionMask, Layout, attend, dense_attention, layer_masks
-from minit2i.config import Settings, Group, at_least, between, merge, pick
+from minit2i.config import RARE, Settings, Group, at_least, between, merge, pick
 from minit2i.fp16 import ALPHA, Enter, Leave, PBLayerNorm, shrink_gradient
 
 HALF = Group("Half precision")
@@ -57,6 +58,10 @@ class GPTConfig(Settings):
     embed_grad: Annotated[float, "share of the gradient that reaches the embedding (CogView: 0.1)", HALF,
                           between(0, 1, open=True)] = 1.0  # fmt: skip
     fp32_logits: Annotated[bool, "output layers in float32 even with fp16 and bf16 (DALL-E)", HALF] = False
+    pads: Annotated[
+        str, "pads of captions: learned vectors (DALL-E), or hidden from attention (CogView)",
+        ("learned", "hidden"), RARE,
+    ] = "learned"  # fmt: skip
     n_vocab: int = 0
     n_codes: int = 0
     grid_h: int = 0
@@ -177,9 +182,9 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
 
-    def forward(self, x, mask, start, rope, kv):
+    def forward(self, x, mask, start, rope, kv, seen=None):
         """Positions start ... start+S-1, or the one in the tensor start (1,).  kv: this layer's cache (keys, values),
-        each (B, H, L, K), written here; None in training."""
+        each (B, H, L, K), written here; None in training.  seen: see Context."""
         b, s, d = x.shape
         heads = self.qkv(x).reshape(b, s, -1, self.head_size).transpose(1, 2)  # (B, H + 2 n_kv, S, K)
         q, k, v = heads.split((self.n_head, self.n_kv, self.n_kv), 1)
@@ -194,7 +199,7 @@ class Attention(nn.Module):
             k, v = kv[0].narrow(2, 0, start + s), kv[1].narrow(2, 0, start + s)
         if self.n_kv < self.n_head:
             k, v = (x.repeat_interleave(self.n_head // self.n_kv, 1) for x in (k, v))
-        y = attend(q, k, v, mask, start, self.alpha)
+        y = attend(q, k, v, mask, start, self.alpha, seen)
         return self.out(y.transpose(1, 2).reshape(b, s, d))
 
 
@@ -213,9 +218,10 @@ class CrossAttention(nn.Module):
         if cfg.qk_norm:
             self.q_norm, self.k_norm = make_norm(cfg, self.head_size), make_norm(cfg, self.head_size)
 
-    def forward(self, x, memory, kv):
+    def forward(self, x, memory, kv, seen=None):
         """kv: this layer's cache; its third and fourth entry, the memory's keys and values (B, H, M, K), are written
-        here if memory is given, else read."""
+        here if memory is given, else read.  seen (B, M): which states of the memory are attended to; exactly zero where
+        none is."""
         q = self.q(x).unflatten(2, (-1, self.head_size)).transpose(1, 2)  # (B, H, S, K)
         if memory is None:
             k, v = kv[2:]
@@ -225,7 +231,12 @@ class CrossAttention(nn.Module):
             if kv is not None:
                 kv[2].copy_(k), kv[3].copy_(v)
         q = self.q_norm(q).to(v.dtype) if self.qk_norm else q
-        return self.out(dense_attention(q, k, v, alpha=self.alpha).transpose(1, 2).flatten(2))
+        if seen is None:
+            y = dense_attention(q, k, v, alpha=self.alpha)
+        else:  # a softmax over nothing would be NaN
+            none = ~seen.any(1, keepdim=True)  # (B, 1)
+            y = dense_attention(q, k, v, alpha=self.alpha, seen=seen | none).masked_fill(none[:, :, None, None], 0)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def swiglu_inner(cfg):
@@ -274,6 +285,17 @@ class Residual(nn.Module):
         return x + Leave.apply(self.drop(self.after(self.f(self.norm(Enter.apply(x, scale)), *inputs))), scale)
 
 
+class Context(NamedTuple):
+    """What a sequence is read with: states that all blocks attend to, and the positions that are not hidden.
+
+    None: no memory; nothing is hidden.  The first position is always seen.
+    """
+
+    memory: torch.Tensor | None = None  # (B, M, D)
+    memory_seen: torch.Tensor | None = None  # (B, M) bool
+    seen: torch.Tensor | None = None  # (B, L) bool
+
+
 class Block(nn.Module):
     """Transformer block: x (B, S, D) -> (B, S, D); cross: with attention to a memory (B, M, D)."""
 
@@ -282,10 +304,10 @@ class Block(nn.Module):
         self.attn, self.mlp = Residual(cfg, Attention(cfg)), Residual(cfg, MLP(cfg))
         self.cross = Residual(cfg, CrossAttention(cfg)) if cross else None
 
-    def forward(self, x, mask, start=0, rope=None, kv=None, memory=None):
-        x = self.attn(x, mask, start, rope, kv)
+    def forward(self, x, mask, start=0, rope=None, kv=None, context=Context()):
+        x = self.attn(x, mask, start, rope, kv, context.seen)
         if self.cross is not None:
-            x = self.cross(x, memory, kv)
+            x = self.cross(x, context.memory, kv, context.memory_seen)
         return self.mlp(x)
 
 
@@ -328,6 +350,21 @@ class GridPositions(nn.Module):
         return (self.row + self.column).flatten(0, 1)
 
 
+class View(NamedTuple):
+    """Codes of another view of the image, f(images (B, 3, H, W)), for the batch's `key`; `name` says what f is.
+
+    ratio: codes of the image for each of the view's, in each direction.  vq, vq_hash: folder and hash of another
+    tokenizer, which the run keeps as {key}_vq; "": the prior's own.
+    """
+
+    key: str
+    f: Callable
+    name: str
+    ratio: int = 1
+    vq: str = ""
+    vq_hash: str = ""
+
+
 class Condition(nn.Module):
     """One thing that the codes are conditioned on; a prior may have several.
 
@@ -356,13 +393,24 @@ class Condition(nn.Module):
 
     @staticmethod
     def extra_codes(cfg):
-        """None, or (key, (f, name)): the batch's `key` holds the codes of f(images (B, 3, H, W)); name: what f is."""
+        """The View of the image whose codes it reads, or None."""
+
+    @classmethod
+    def fit(cls, cfg, stride):
+        """cfg once its code grid is known; stride: pixels of a code in each direction.  ValueError if they conflict."""
+        return cfg
 
     def prefix(self, batch, embed):
         """-> (B, length, D); embed: token ids -> embeddings."""
 
     def memory(self, batch, embed):
         """-> (B, memory_length, D), or None."""
+
+    def seen(self, batch):
+        """Which positions of the prefix are attended to: bool (B, length); None: all.  A prior's first always is."""
+
+    def memory_seen(self, batch):
+        """Which states of the memory are attended to: bool (B, memory_length), all False for nothing; None: all."""
 
     def learned_positions(self, grid):
         """Learned positions of the prefix (length, D), given those of the code grid (N, D)."""
@@ -389,6 +437,21 @@ class TextPrefix(Condition):
 
     def prefix(self, batch, embed):
         return embed(batch["text"])
+
+    def seen(self, batch):
+        return is_text(batch["text"], self.cfg) if self.cfg.pads == "hidden" else None
+
+
+def is_text(text, cfg):
+    """Where ids (B, T) are no pads -> bool (B, T)."""
+    return text < cfg.n_vocab
+
+
+def join_seen(found, lengths):
+    """What several parts of a row show, bool (B, n) or None for all of it -> bool (B, sum of lengths), or None."""
+    if (some := next((x for x in found if x is not None), None)) is None:
+        return None
+    return torch.cat([some.new_ones(len(some), n) if x is None else x for x, n in zip(found, lengths)], 1)
 
 
 CONDITIONS = {"text": TextPrefix}
@@ -536,20 +599,27 @@ class GPT(Prior):
         return self.embed(codes + self.cfg.n_vocab + self.cfg.text_len)
 
     def condition(self, batch):
-        """-> prefix (B, P, D), memory (B, M, D) or None."""
-        conditions = self.conditions.values()
-        prefix = [c.prefix(batch, self.embed) for c in conditions if c.length]
-        memory = [c.memory(batch, self.embed) for c in conditions if c.memory_length]
-        return torch.cat(prefix, 1), torch.cat(memory, 1) if memory else None
+        """-> prefix (B, P, D), Context."""
+        before = [c for c in self.conditions.values() if c.length]
+        beside = [c for c in self.conditions.values() if c.memory_length]
+        prefix = torch.cat([c.prefix(batch, self.embed) for c in before], 1)
+        memory = torch.cat([c.memory(batch, self.embed) for c in beside], 1) if beside else None
+        memory_seen = join_seen([c.memory_seen(batch) for c in beside], [c.memory_length for c in beside])
+        seen = join_seen([*(c.seen(batch) for c in before), None], [*(c.length for c in before), self.cfg.n_image])
+        return prefix, Context(memory, memory_seen, seen)
 
-    def trunk(self, x, start=0, cache=None, memory=None):
+    def trunk(self, x, start=0, cache=None, context=None):
         """Embeddings (B, S, D) of positions start ... start+S-1, or of the one in the tensor start (1,) -> hidden
         states.
 
-        memory is needed once: the cache keeps its keys and values.
+        The context is needed once: the cache keeps it, and the memory's keys and values.
         """
         at = start if isinstance(start, torch.Tensor) else slice(start, start + x.shape[1])
         rope = None
+        if context is None:
+            context = Context() if cache is None else cache.context
+        elif cache is not None:
+            cache.context = context._replace(memory=None)
         if self.cfg.pos == "learned":
             x = x + (self.positions() if cache is None else cache.positions)[at]
         else:
@@ -557,17 +627,20 @@ class GPT(Prior):
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             kv = None if cache is None else cache.kv[i]
-            x = block(x, self.attention_masks[self.masks[i]], start, rope, kv, memory)
+            x = block(x, self.attention_masks[self.masks[i]], start, rope, kv, context)
         return self.norm(x)  # (B, S, D)
 
     def logits(self, batch):
         """-> text logits (B, T-1, V) of text 1 ... T-1, or None; code logits (B, N, n_codes), each from the position
         before."""
         self.check_causal()
-        prefix, memory = self.condition(batch)
-        x = self.trunk(self.arrange(prefix, self.embed_codes(batch["codes"])), memory=memory)  # (B, L, D)
+        prefix, context = self.condition(batch)
+        x = self.trunk(self.arrange(prefix, self.embed_codes(batch["codes"])), context=context)  # (B, L, D)
         p, t = self.layout.n_prefix, self.cfg.text_len
-        return self.text_head(x[:, : t - 1]) if self.predicts_text else None, self.image_head(x[:, p - 1 : -1])
+        states = x[:, p - 1 : -1]  # (B, N, D)
+        if context.seen is not None:
+            states = torch.cat([last_seen(x[:, :p], context.seen), states[:, 1:]], 1)
+        return self.text_head(x[:, : t - 1]) if self.predicts_text else None, self.image_head(states)
 
     def check_causal(self):
         """ValueError if the mask shows a code what it should predict."""
@@ -639,8 +712,8 @@ class GPT(Prior):
             return torch.cat([x, x]) if sampler.guided else x
 
         prompts = Cache(self, len(batch["text"]), p)
-        prefix, memory = self.condition(batch)
-        state = self.trunk(prefix, 0, prompts, memory)[:, -1:][rows]  # (2B, 1, D): predicts code 0
+        prefix, context = self.condition(batch)
+        state = last_seen(self.trunk(prefix, 0, prompts, context), context.seen)[rows]  # (2B, 1, D): predicts code 0
         cache = prompts.spread(self, rows, p + n_image - 1)  # a prompt is read once for all its images
         if first:
             state = self.trunk(self.embed_codes(doubled(codes[:, :first])), p, cache)[:, -1:]
@@ -664,6 +737,15 @@ class GPT(Prior):
         return self.generate({k: v for k, v in batch.items() if k != "codes"}, empty, sampler), None
 
 
+def last_seen(x, seen):
+    """States of the prefix (B, P, D), seen (B, L) or None -> the state of the last position that is no hidden pad
+    (B, 1, D)."""
+    if seen is None:
+        return x[:, -1:]
+    last = seen[:, : x.shape[1]].cumsum(1).argmax(1)
+    return x[torch.arange(len(x), device=x.device), last][:, None]
+
+
 def without_text(batch, empty):
     """A batch of conditions followed by the same without its captions: (P, ...) -> (2P, ...)."""
     empty = empty.expand_as(batch["text"])
@@ -676,7 +758,8 @@ def cross_entropy(logits, target, **how):
 
 
 class Cache:
-    """Keys and values of each layer (B, H, L, K), and of a memory (B, H, M, K); and the table of learned positions."""
+    """Keys and values of each layer (B, H, L, K), and of a memory (B, H, M, K); what is hidden of them, and the table
+    of learned positions."""
 
     def __init__(self, model, batch, length):
         model.check_causal()
@@ -685,7 +768,7 @@ class Cache:
         shapes = (own, own, memory, memory) if m else (own, own)
         size = cfg.n_embd // cfg.n_head
         self.kv = [tuple(weight.new_zeros(batch, *shape, size) for shape in shapes) for _ in range(cfg.n_layer)]
-        self.positions = model.positions() if cfg.pos == "learned" else None
+        self.positions, self.context = model.positions() if cfg.pos == "learned" else None, Context()
         if weight.is_cuda:
             for tensor in (t for layer in self.kv for t in layer):
                 torch._dynamo.mark_static_address(tensor)  # a compiled step may write to it within a CUDA graph
@@ -696,6 +779,7 @@ class Cache:
         for old_tensors, new_tensors in zip(self.kv, new.kv):
             for old, fresh in zip(old_tensors, new_tensors):
                 fresh[:, :, : old.shape[2]] = old[rows]
+        new.context = Context(*(None if x is None else x[rows] for x in self.context))
         return new
 
     def upto(self, length):
@@ -730,6 +814,11 @@ MODELS = {"gpt": GPT}
 def conditions_of(cfg):
     """The classes of a prior's conditions."""
     return [CONDITIONS[name] for name in cfg.condition.split(",")]
+
+
+def views_of(cfg):
+    """The views whose codes a prior's conditions read."""
+    return [view for condition in conditions_of(cfg) if (view := condition.extra_codes(cfg))]
 
 
 def prior_config(settings):

@@ -20,7 +20,7 @@ import torch
 
 from minit2i.checkpoint import file_hash, load_model, load_vq, read_config
 from minit2i.config import Settings, at_least, between, merge, pick
-from minit2i.gpt import MODELS, build_prior, conditions_of
+from minit2i.gpt import MODELS, build_prior, conditions_of, views_of
 from minit2i.tokens import Text
 from minit2i.vq import shrink
 
@@ -201,12 +201,17 @@ def load_text(folder, cfg, device="cpu"):
     return Text(Path(folder, "text.model").read_bytes(), cfg.text_len)
 
 
+def same_codes(own, vq):
+    """Whether two tokenizers give an image the same codes: equal encoders and codebooks, up to float16."""
+    a, b = own.state_dict(), vq.state_dict()
+    fixed = [k for k in a if k.startswith(("encoder.", "quantizer.codebook"))]  # fsq has no codebook of its own
+    return all(k in b and a[k].shape == b[k].shape and a[k].allclose(b[k], 1e-2, 1e-3) for k in fixed)
+
+
 def load_decoder(folder, own, device):
     """The tokenizer in `folder`, to decode the codes of the tokenizer `own`; ValueError if its codes are others."""
     vq = load_vq(folder, device)
-    a, b = own.state_dict(), vq.state_dict()
-    fixed = [k for k in a if k.startswith(("encoder.", "quantizer.codebook"))]  # fsq has no codebook of its own
-    if not all(k in b and a[k].shape == b[k].shape and a[k].allclose(b[k], 1e-2, 1e-3) for k in fixed):  # or float16
+    if not same_codes(own, vq):
         raise ValueError(f"--vq {folder} has other codes than this prior's tokenizer; use one finetuned from it")
     return vq
 
@@ -214,8 +219,9 @@ def load_decoder(folder, own, device):
 class Pipeline:
     """A prior's checkpoint folder, ready to sample.
 
-    model, vq, text: the prior, its tokenizer, its caption reader; grid (h, w) and size (H, W) of its images; hash of
-    its weights, vq_hash of its own tokenizer's; sampling: SampleConfig of class defaults and the config's "sampling".
+    model, vq, text: the prior, its tokenizer, its caption reader; grid (h, w) and size (H, W) of its images; view and
+    view_vq: of a prior that enlarges, the View of the smaller image and its tokenizer; hash of the prior's weights,
+    vq_hash of its own tokenizer's; sampling: SampleConfig of class defaults and the config's "sampling".
     """
 
     def __init__(self, folder, device="cpu", dtype=torch.float32, vq="", compile=False):
@@ -227,14 +233,15 @@ class Pipeline:
         self.model = load_model(folder, build_prior(self.config["model"])).to(self.device, dtype).requires_grad_(False)
         if compile:
             self.model.compile_step()
-        self.vq = load_vq(folder / "vq", self.device)
-        self.vq_hash = self.vq.hash
-        self.vq = load_decoder(vq, self.vq, self.device) if vq else self.vq
+        own = load_vq(folder / "vq", self.device)
+        self.vq_hash, self.vq = own.hash, load_decoder(vq, own, self.device) if vq else own
+        self.view, self.view_vq = next(iter(views_of(self.model.cfg)), None), own
+        if self.view and self.view.vq:
+            self.view_vq = load_vq(folder / f"{self.view.key}_vq", self.device)
         self.text = load_text(folder, self.model.cfg, self.device)
         self.hash = file_hash(folder / "model.safetensors")
         self.grid = self.model.cfg.grid_h, self.model.cfg.grid_w
         self.size = tuple(side * self.vq.cfg.stride for side in self.grid)
-        self.shrink = getattr(self.model.cfg, "shrink", 0)  # a super-resolution prior: its factor
         self.sampling = pick(settings, self.config.get("sampling", {}))
 
     def encode_prompts(self, prompts):
@@ -248,7 +255,7 @@ class Pipeline:
         (P*n, h/f, w/f): codes of the smaller images, for a super-resolution prior.  watch(codes): called as they grow.
         seeds: of the P*n images, default cfg.seed and those after it.  ValueError if the sizes do not fit.
         """
-        b, own, f = len(prompts) * cfg.n, self.grid, self.shrink
+        b, own, f = len(prompts) * cfg.n, self.grid, self.view.ratio if self.view else 0
         if bool(f) != (coarse is not None):
             need = "enlarges images: give it with --enlarge, beside the --model" if f else "does not enlarge images"
             raise ValueError(f"this prior {need} (--condition text,coarse trains one that does)")
@@ -267,7 +274,7 @@ class Pipeline:
             batch = {"text": text}
             if f:  # each image has a condition of its own
                 window = coarse[:, top // f : (top + own[0]) // f, left // f : (left + own[1]) // f]
-                batch = {"text": text.repeat_interleave(cfg.n, 0), "coarse": window.flatten(1)}  # (B, T), (B, M)
+                batch = {"text": text.repeat_interleave(cfg.n, 0), self.view.key: window.flatten(1)}  # (B, T), (B, M)
             grown = watch and (lambda codes: watch(codes.view(-1, *own)))
             codes = self.model.generate(batch, empty, sampler, known=part.flatten(1), watch=grown)  # (B, N)
             sampler.check()
@@ -319,11 +326,11 @@ class Pipeline:
 # --- scores, and codes of other tokenizers ---------------------------------------------------------------
 
 
-def as_codes_of(other, pipeline, codes):
-    """Codes (n, h, w) that `pipeline` sampled -> the same images as codes of `other`'s tokenizer."""
-    if other.vq_hash == pipeline.vq_hash:
+def as_codes_of(vq, pipeline, codes):
+    """Codes (n, h, w) that `pipeline` sampled -> the same images as codes of another tokenizer."""
+    if vq.hash == pipeline.vq_hash or same_codes(vq, pipeline.vq):
         return codes
-    return other.vq.encode(shrink(pipeline.decode(codes), pipeline.vq.cfg.upscale))
+    return vq.encode(shrink(pipeline.decode(codes), pipeline.vq.cfg.upscale))
 
 
 @torch.inference_mode()
@@ -334,8 +341,8 @@ def score_codes(pipeline, judge, prompt, codes, batch=64):
     """
     who, judge, scores = "the judge" if judge else "the likelihood", judge or pipeline, []
     for part in codes.split(batch):
-        part = as_codes_of(judge, pipeline, part)
-        if judge.shrink:
+        part = as_codes_of(judge.vq, pipeline, part)
+        if judge.view:
             raise ValueError(f"{who} is of a prior that enlarges images; use another --judge")
         if part.shape[1:] != judge.grid:
             raise ValueError(

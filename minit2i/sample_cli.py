@@ -33,7 +33,8 @@ from minit2i.config import pick
 from minit2i.data import EXTENSIONS, BadEntry, crop, open_rgb, parse_size, read_text_file
 from minit2i.flags import add_flags, count, new_parser
 from minit2i.plot import grid_image, save_image, to_pil
-from minit2i.sample import SHIPPED, Pipeline, SampleConfig, as_codes_of, find_model, sample_settings, score_codes
+from minit2i.sample import SHIPPED, Pipeline, SampleConfig, as_codes_of, find_model, same_codes, sample_settings
+from minit2i.sample import score_codes
 from minit2i.train import pick_device, run
 
 # --- flags ---------------------------------------------------------------------------------------------
@@ -166,9 +167,16 @@ def load(args):
     device, folders = pick_device(args.device), [args.model, *args.enlarge]
     decoders = {folders[-1]: args.vq}  # --vq decodes the final images
     loaded = {f: Pipeline(f, device, vq=decoders.get(f, ""), compile=args.compile) for f in dict.fromkeys(folders)}
-    for folder in args.enlarge:
-        if not loaded[folder].shrink:
+    for folder, smaller in zip(args.enlarge, folders):
+        larger = loaded[folder]
+        if not larger.view:
             raise ValueError(f"--enlarge {folder} does not enlarge images; train one with --condition text,coarse")
+        if larger.view.vq and not same_codes(larger.view_vq, loaded[smaller].vq):
+            raise ValueError(
+                f"--enlarge {folder} has learned the codes of another tokenizer than {smaller} samples; use a prior "
+                f"trained with --vq {folder}/{larger.view.key}_vq, or train the larger one with "
+                f"--{larger.view.key}_vq {smaller}/vq"
+            )
     return loaded[args.model], [loaded[f] for f in args.enlarge], Pipeline(args.judge, device) if args.judge else None
 
 
@@ -199,7 +207,7 @@ def finish(prompt, codes, pipeline, larger, judge, cfg, args):
         parts = []
         for i, part in enumerate(codes.split(args.batch)):
             own = replace(cfg, n=len(part), seed=cfg.seed + i * args.batch)
-            parts.append(p.sample_codes([prompt], own, coarse=as_codes_of(p, pipeline, part)))
+            parts.append(p.sample_codes([prompt], own, coarse=as_codes_of(p.view_vq, pipeline, part)))
         pipeline, codes = p, torch.cat(parts)
     return torch.cat([pipeline.decode(part) for part in codes.split(args.batch)]), scores
 

@@ -325,8 +325,8 @@ def cached_logits(model, inputs, tensors=False):
     """Code logits (B, N, V) from a cache, one code at a time; tensors: positions in tensors, as the compiled loop's."""
     p, codes, rows = model.layout.n_prefix, inputs["codes"], torch.arange(len(inputs["text"]))
     prompts = Cache(model, len(rows), p)
-    prefix, memory = model.condition(inputs)
-    hidden = [model.trunk(prefix, 0, prompts, memory)[:, -1:]]
+    prefix, context = model.condition(inputs)
+    hidden = [model.trunk(prefix, 0, prompts, context)[:, -1:]]
     cache = prompts.spread(model, rows, model.layout.length - 1)
     for i in range(codes.shape[1] - 1):
         start = torch.tensor([p + i]) if tensors else p + i
@@ -351,8 +351,8 @@ def test_cached_logits_equal_full_ones(variant, monkeypatch):
     assert torch.allclose(cached_logits(model, inputs, tensors=True), expected, atol=atol)
     # several codes at once, as given codes are read
     p, cache = model.layout.n_prefix, Cache(model, 3, model.layout.length - 1)
-    prefix, memory = model.condition(inputs)
-    model.trunk(prefix, 0, cache, memory)
+    prefix, context = model.condition(inputs)
+    model.trunk(prefix, 0, cache, context)
     some = model.trunk(model.embed_codes(inputs["codes"][:, :4]), p, cache)
     assert torch.allclose(model.image_head(some), expected[:, 1:5], atol=atol)
 

@@ -160,9 +160,9 @@ def figures_of(claim, variant, seed, folder, cfg):
     """The figures of one run, trained and measured unless row.json has them."""
     path, vq = folder / "row.json", Path(cfg.out, "tokenizer")
     if not path.exists():
-        for name, flags in claim.before.items():
-            train(flags, folder.parent / f"{name}-{seed}", seed, vq)
-        folders = {name: str(folder.parent / f"{name}-{seed}") for name in claim.before}
+        folders = {name: folder.parent / f"{name}-{seed}" for name in claim.before if f"{{{name}}}" in variant[1]}
+        for name, before in folders.items():
+            train(claim.before[name], before, seed, vq)
         flags = f"{claim.flags} {variant[1].format(**folders)}"
         train(flags, folder, seed, vq)
         write_file(path, json.dumps(measure(folder, flags, cfg.prompts_per_category), indent=1) + "\n")

@@ -155,8 +155,8 @@ def enlarging(pipe, cfg, source, n, batch=16, shown=8):
     "tokenizer": the large image encoded and decoded, the ceiling of any prior.  Figures: psnr in dB, and sharpness
     relative to the originals.  The grid has a row for each way, then the originals.
     """
-    factor, ways = getattr(pipe.model.cfg, "shrink", 0), ("bicubic", "sampled", "tokenizer")
-    if not factor:
+    ways, view, smaller = ("bicubic", "sampled", "tokenizer"), pipe.view, pipe.view_vq
+    if not view:
         raise ValueError("this prior does not enlarge images; train one with --condition text,coarse")
     images, captions = captioned(source, range(min(n, len(source))), pipe)
     rows, sums = [], torch.zeros(len(ways) + 1, 2, dtype=torch.float64)
@@ -166,9 +166,10 @@ def enlarging(pipe, cfg, source, n, batch=16, shown=8):
 
     for first in range(0, len(images), batch):
         some = torch.stack(images[first : first + batch]).to(pipe.device)
-        coarse, prompts = pipe.vq.encode(shrink(some, factor)), captions[first : first + batch]
+        coarse, prompts = smaller.encode(view.f(some)), captions[first : first + batch]
         codes = pipe.sample_codes(prompts, replace(cfg, n=1, seed=cfg.seed + first), coarse=coarse)
-        small = F.interpolate(decoded(coarse), some.shape[2:], mode="bicubic").clamp(-1, 1)
+        small = shrink(smaller.decode(coarse), smaller.cfg.upscale)
+        small = F.interpolate(small, some.shape[2:], mode="bicubic").clamp(-1, 1)
         row = small, decoded(codes), decoded(pipe.vq.encode(some)), some
         sums += torch.tensor([[psnr(x, some).sum(), sharpness(x).sum()] for x in row])
         rows.append(torch.stack(row)[:, : max(0, shown - first)])

@@ -1,21 +1,29 @@
 """A toy experiment: a deep prior in float16 that breaks, and what each remedy of fp16.py is worth.
 
     python -m minit2i.experiments.stability --out stability.png
+    python -m minit2i.experiments.stability --runs "loss scaling" --seeds 1 --steps 20 --out pilot.png
 
-A narrow prior of 24 layers learns striped images without warm-up, from an initialisation with large queries, keys and
-residual branches.  `none` is float16 throughout, norms included, with float32 master weights; each other run adds
-what its name says, `all` adds everything, `float32` is the same training in float32 without any.  A run ends when the
-loss or a weight is NaN or Inf; "skipped" counts the steps that skipped the update of the model, or of a part of it.
+CogView tries its remedies on a toy of 64 layers with a large learning rate (arXiv:2105.13290 fig. 3b): without
+Sandwich-LN the residual stream overflows, without PB-Relax attention does, and only with both training continues.
+Here a narrow prior of as many layers learns striped images without warm-up, from an initialisation with large
+queries, keys and residual branches.
+
+`float16` is float16 throughout, norms included, with float32 master weights; "float32 parts" are DALL-E's (residual
+stream, norms, embeddings, logits).  A run ends when the loss or a weight is NaN or Inf; "skipped" counts the steps
+that skipped the update of the model, or of a part of it.  Finished runs are kept in a .json beside the plot: started
+again, the command does the others.
 """
 
-import math
-import time
+import json
+import statistics
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 from torch.func import functional_call
 
+from minit2i.checkpoint import write_file
 from minit2i.config import Settings, above, at_least, pick
 from minit2i.flags import add_flags, new_parser
 from minit2i.fp16 import BlockScaler, PBLayerNorm
@@ -24,24 +32,26 @@ from minit2i.plot import plot, save_image, smooth
 from minit2i.train import Processes, run
 
 TOY = dict(
-    n_layer=24, n_head=2, n_embd=64, text_len=4, norm="pb_layernorm", mlp="gelu", qk_norm=False,
+    n_head=2, n_embd=64, text_len=4, norm="pb_layernorm", mlp="gelu", qk_norm=False,
     n_vocab=20, n_codes=16, grid_h=8, grid_w=8,
 )  # fmt: skip
-FLOAT32 = {"float32_parts": True, "fp32_logits": True}
-COGVIEW = {"pb_relax": True, "pb_norm": True, "sandwich": True, "embed_grad": 0.1}
-RUNS = {  # what each adds to `none`: fields of GPTConfig, and the switches of train_toy
-    "none": {},
-    "PB-Relax attention": {"pb_relax": True},
-    "PB-Relax LayerNorm": {"pb_norm": True},
-    "Sandwich-LN": {"sandwich": True},
-    "embedding gradient x 0.1": {"embed_grad": 0.1},
+FLOAT32, SCALE = {"float32_parts": True, "fp32_logits": True}, {"loss_scale": True}
+PB, SANDWICH = {"pb_relax": True, "pb_norm": True}, {"sandwich": True}
+COGVIEW = PB | SANDWICH | {"embed_grad": 0.1}
+RUNS = {  # fields of GPTConfig, and the switches of train_toy
+    "float16": {},
+    "float16, CogView's": COGVIEW,
+    "float16, loss scaling": SCALE,
+    "float16, loss scaling, PB-Relax": SCALE | PB,
+    "float16, loss scaling, Sandwich-LN": SCALE | SANDWICH,
+    "float16, loss scaling, both": SCALE | PB | SANDWICH,
+    "float16, loss scaling, CogView's": SCALE | COGVIEW,
     "float32 parts": FLOAT32,
-    "loss scaling": {"loss_scale": True},
-    "loss scaling, CogView's four": COGVIEW | {"loss_scale": True},
-    "loss scaling, float32 parts": FLOAT32 | {"loss_scale": True},
-    "block scales, float32 parts": FLOAT32 | {"block_scale": True},
-    "all": FLOAT32 | COGVIEW | {"block_scale": True},
+    "float32 parts, loss scaling": FLOAT32 | SCALE,
+    "float32 parts, block scales": FLOAT32 | {"block_scale": True},
+    "float32 parts, block scales, CogView's": FLOAT32 | COGVIEW | {"block_scale": True},
     "float32": {"half": False},
+    "float32, CogView's": {"half": False} | COGVIEW,
 }
 
 
@@ -49,7 +59,10 @@ RUNS = {  # what each adds to `none`: fields of GPTConfig, and the switches of t
 class StabilityConfig(Settings):
     """The toy training."""
 
-    out: Annotated[str, "the plot"] = "stability.png"
+    out: Annotated[str, "the plot; finished runs stand in a .json beside it"] = "stability.png"
+    runs: Annotated[str, "only the runs that have this in their name"] = ""
+    seeds: Annotated[int, "seeds of each run", at_least(1)] = 3
+    n_layer: Annotated[int, "layers", at_least(1)] = 64
     steps: Annotated[int, "steps of each run", at_least(1)] = 60
     batch: Annotated[int, "images per step", at_least(1)] = 4
     lr: Annotated[float, "learning rate", above(0)] = 2e-3
@@ -57,9 +70,9 @@ class StabilityConfig(Settings):
     branches: Annotated[float, "residual branches are initialised this many times larger"] = 300.0
 
 
-def stripes(step, batch):
+def stripes(step, batch, seed=0):
     """Captions 1, c, 2, pad, and images of stripes in the direction c: {"text" (B, 4), "codes" (B, 64)}."""
-    g = torch.Generator().manual_seed(step)
+    g = torch.Generator().manual_seed(seed * 1_000_003 + step)
     c = torch.randint(0, 16, (batch, 1), generator=g)
     text = torch.cat([torch.ones_like(c), 3 + c, torch.full_like(c, 2), torch.full_like(c, TOY["n_vocab"] + 3)], 1)
     n = torch.arange(64)[None]
@@ -93,20 +106,27 @@ def first_nonfinite(model):
     return places
 
 
-def train_toy(cfg, half=True, pb_norm=False, float32_parts=False, loss_scale=False, block_scale=False, **fields):
-    """-> losses of the steps survived, the first place that was NaN or Inf (or ""), number of skipped updates."""
-    torch.manual_seed(0)
-    model = build_prior(TOY | fields)
+def toy_model(cfg, seed, pb_norm, fields):
+    """The provoked prior; pb_norm: its LayerNorms divide by the largest value first."""
+    torch.manual_seed(seed)
+    model = build_prior(TOY | {"n_layer": cfg.n_layer} | fields)
     provoke(model, cfg.scores, cfg.branches)
     for m in model.modules():
         if isinstance(m, PBLayerNorm) and not pb_norm:
             m.forward = m.plain
-    procs = Processes("cpu", "fp16" if half else "fp32")
+    return model
+
+
+def train_toy(
+    cfg, seed=0, half=True, pb_norm=False, float32_parts=False, loss_scale=False, block_scale=False, **fields
+):
+    """-> losses of the steps survived, the first place that was NaN or Inf (or ""), number of skipped updates."""
+    model, procs = toy_model(cfg, seed, pb_norm, fields), Processes("cpu", "fp16" if half else "fp32")
     scaler = BlockScaler(model, procs) if block_scale else torch.amp.GradScaler("cpu", enabled=loss_scale)
     optimizer, losses, skipped = torch.optim.AdamW(model.parameters(), cfg.lr), [], 0
     places = first_nonfinite(model)
     for step in range(cfg.steps):
-        batch, weights = stripes(step, cfg.batch), dict(model.named_parameters())
+        batch, weights = stripes(step, cfg.batch, seed), dict(model.named_parameters())
         if half and not float32_parts:
             weights = {k: w.half() for k, w in weights.items()}
         with torch.autocast("cpu", torch.float16, enabled=half and float32_parts):
@@ -129,23 +149,55 @@ def train_toy(cfg, half=True, pb_norm=False, float32_parts=False, loss_scale=Fal
     return losses, "", skipped
 
 
+# --- runs, table, plot -----------------------------------------------------------------------------------
+
+
+def train_all(cfg, path):
+    """Do the runs that the file does not hold yet -> {run: [(losses, place, skipped) of each seed]}."""
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "runs", "seeds")}
+    kept = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": {}}
+    if kept["settings"] != settings:
+        raise ValueError(f"{path} holds runs with the settings {kept['settings']}; use another --out")
+    chosen = {name: how for name, how in RUNS.items() if cfg.runs in name}
+    for seed in range(cfg.seeds):
+        for name, how in chosen.items():
+            if (key := f"{name} / seed {seed}") not in kept["runs"]:
+                kept["runs"][key] = train_toy(cfg, seed, **how)
+                write_file(path, json.dumps(kept))
+                print(f"{key}: {len(kept['runs'][key][0])} steps", flush=True)
+    return {name: [kept["runs"][f"{name} / seed {seed}"] for seed in range(cfg.seeds)] for name in chosen}
+
+
+def span(values):
+    """The least and the largest of some numbers, or what they all are."""
+    return str(min(values)) if min(values) == max(values) else f"{min(values)}..{max(values)}"
+
+
+def table(results, steps):
+    """{run: [(losses, place, skipped) of each seed]} -> lines of Markdown; only runs that lived to the end have a loss."""
+    lines = [f"| run | steps of {steps} | skipped | first NaN or Inf | loss of the last 10 |", "|---|---|---|---|---|"]
+    for name, seeds in results.items():
+        lived, places = [losses for losses, _, _ in seeds if len(losses) == steps], {p for _, p, _ in seeds if p}
+        last = [statistics.mean(losses[-10:]) for losses in lived]
+        loss = f"{statistics.mean(last):.2f} ({min(last):.2f}..{max(last):.2f})" if last else ""
+        survived, skipped = span([len(losses) for losses, _, _ in seeds]), span([n for _, _, n in seeds])
+        lines.append(f"| {name} | {survived} | {skipped} | {', '.join(sorted(places)) or 'nothing'} | {loss} |")
+    return lines
+
+
 def curves(results, steps):
-    """{run: result of train_toy} -> {name: points}, each the mean of five steps; names say where a run ended early."""
-    ended = {k: "" if len(v[0]) == steps else f" (ended after {len(v[0])})" for k, v in results.items()}
-    return {k + ended[k]: smooth([*enumerate(v[0], 1)], 5) for k, v in results.items()}
+    """{run: results} -> {name: points} of the seed that ended first, each point the mean of five steps."""
+    first = {name: min((losses for losses, _, _ in seeds), key=len) for name, seeds in results.items()}
+    ended = {name: "" if len(losses) == steps else f" (ended after {len(losses)})" for name, losses in first.items()}
+    return {name + ended[name]: smooth([*enumerate(y, 1)], 5) for name, y in first.items() if y}
 
 
 def main():
     parser = new_parser(__doc__)
     add_flags(parser, StabilityConfig)
-    cfg, results = pick(StabilityConfig, parser.parse_args()), {}
-    print("| run | steps | skipped | first NaN or Inf | loss of the last 10 | seconds |\n|---|---|---|---|---|---|")
-    for name, how in RUNS.items():
-        start = time.perf_counter()
-        losses, place, skipped = results[name] = train_toy(cfg, **how)
-        last = sum(losses[-10:]) / len(losses[-10:]) if losses else math.nan
-        took = time.perf_counter() - start
-        print(f"| {name} | {len(losses)} | {skipped} | {place or 'nothing'} | {last:.2f} | {took:.0f} |", flush=True)
+    cfg = pick(StabilityConfig, parser.parse_args())
+    results = train_all(cfg, Path(cfg.out).with_suffix(".json"))
+    print("\n".join(table(results, cfg.steps)))
     save_image(cfg.out, plot(curves(results, cfg.steps), "loss", 830, 360), settings=asdict(cfg))
     print(f"{cfg.out} holds the curves")
 

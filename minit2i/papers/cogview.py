@@ -41,7 +41,7 @@ from einops import reduce
 
 from minit2i.config import Settings, at_least
 from minit2i.demo import demo
-from minit2i.gpt import CONDITIONS, GPT, MODELS, Cache, Condition, Prior
+from minit2i.gpt import CONDITIONS, GPT, MODELS, Cache, Condition, Prior, View
 from minit2i.papers.dalle import LARGE
 from minit2i.sample import WINDOW_PLANS
 from minit2i.vq import shrink
@@ -83,7 +83,7 @@ class CoarsePrefix(Condition):
 
     @staticmethod
     def extra_codes(cfg):
-        return "coarse", (partial(shrink, scale=cfg.shrink), f"shrink{cfg.shrink}")
+        return View("coarse", partial(shrink, scale=cfg.shrink), f"shrink{cfg.shrink}", cfg.shrink)
 
     def prefix(self, batch, embed):
         return embed(batch["coarse"] + self.cfg.n_vocab + self.cfg.text_len) + self.kind

@@ -134,9 +134,9 @@ class MaskedGPT(GPT):
 
     def logits(self, batch):
         """-> None, logits of all codes (B, N, n_codes), each from its own position."""
-        prefix, memory = self.condition(batch)
+        prefix, context = self.condition(batch)
         codes = batch.get("visible_codes", batch["codes"])
-        x = self.trunk(self.arrange(prefix, self.embed_codes(codes)), memory=memory)
+        x = self.trunk(self.arrange(prefix, self.embed_codes(codes)), context=context)
         return None, self.image_head(x[:, self.layout.n_prefix :])
 
     def loss(self, batch, train=False):
