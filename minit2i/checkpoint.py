@@ -54,12 +54,18 @@ def load_tensors(path):
         raise ValueError(f"{path} cannot be read as safetensors: {e}") from e
 
 
-def read_hf(folder):
-    """Yield (name, tensor) of a Hugging Face folder: model.safetensors, or the shards that its index lists."""
-    index = Path(folder, "model.safetensors.index.json")
+def read_hf(folder, stem="model"):
+    """Yield (name, tensor) of a Hugging Face folder: {stem}.safetensors, or the shards that its index lists."""
+    index = Path(folder, f"{stem}.safetensors.index.json")
+    pickled = next((p.name for p in Path(folder).glob("*.bin")), None)
+    if pickled and not any(Path(folder).glob(f"{stem}*.safetensors")):
+        raise ValueError(
+            f"{folder} holds {pickled}, a pickle, which can run code; convert it to safetensors: transformers' "
+            "from_pretrained(FOLDER).save_pretrained(NEW) does"
+        )
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else None
-        for name in names or ["model.safetensors"]:
+        for name in names or [f"{stem}.safetensors"]:
             with safe_open(Path(folder, name), "pt") as f:
                 for k in f.keys():
                     yield k, f.get_tensor(k)
@@ -82,7 +88,13 @@ def read_config(folder, keys=("kind", "model")):
     path = Path(folder, "config.json")
     try:
         config = json.loads(path.read_text())
-        if missing := [key for key in keys if key not in config]:
+        parts = "model", "data", "train"  # dicts themselves
+        if missing := [k for k in keys if k not in config or k in parts and not isinstance(config[k], dict)]:
+            if "_class_name" in config:
+                raise ValueError(
+                    f"{folder} holds diffusers' {config['_class_name']}; python -m minit2i.export --model {folder} "
+                    "--out X makes a tokenizer's folder of ours from a VQModel"
+                )
             raise ValueError(f"{path} is not the config of a model: it lacks {', '.join(missing)}")
         return config
     except FileNotFoundError:
@@ -96,19 +108,55 @@ def has_state(folder):
     return Path(folder, "state", "resume.safetensors").exists()
 
 
+def saved_step(folder):
+    """The step that a run would resume from."""
+    path = Path(folder, "state", "resume.safetensors")
+    try:
+        with safe_open(path, "pt") as f:
+            return json.loads(f.metadata()["step"])
+    except (SafetensorError, OSError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} cannot be read as a run's state: {e}") from e
+
+
+def first_save(folder):
+    """The file that exists from the beginning to the end of a run's first save: killed there, a run starts again."""
+    return Path(folder, "state", "first_save")
+
+
 def check_free(folder):
-    """ValueError if a folder holds a model or a run, which writing there would lose."""
-    if Path(folder, "model.safetensors").exists() or has_state(folder):
-        raise ValueError(f"{folder} holds a model already; use another folder, or remove it first")
+    """ValueError if a folder holds files of a model (ours, or another program's) or a run, which writing would lose."""
+    names = ("config.json", "*.safetensors", "*.bin", "*.pt", "*.ckpt", "state/*.safetensors")
+    if found := next((path for name in names for path in Path(folder).glob(name)), None):
+        raise ValueError(f"{folder} holds a model already ({found.name}); use another folder, or remove it first")
 
 
-def save_model(folder, tensors, config, dtype=None):
-    """Write config.json and model.safetensors; dtype: convert floating-point weights."""
+def check_writable(path):
+    """OSError unless `path` can be written, before any work is done for it."""
+    path = Path(path)
+    if path.is_dir():
+        raise OSError(f"cannot write {path}: it is a folder; use another name")
+    probe = path.with_name(f".{path.name}.probe")
+    write_file(probe, "")
+    probe.unlink()
+
+
+def misfit(folder, model, tensors):
+    """Why a checkpoint's tensors do not fit a model, in one line: the settings that differ, and the first tensor."""
+    saved, own = read_config(folder, ()).get("model", {}), vars(getattr(model, "cfg", object))
+    changed = [f"{k} is {own[k]}, there {saved[k]}" for k in own if k in saved and own[k] != saved[k]][:5]
+    shapes, asked = ({k: tuple(v.shape) for k, v in some.items()} for some in (tensors, model.state_dict()))
+    wrong = [k for k in {**asked, **shapes} if shapes.get(k) != asked.get(k)]
+    first = f"{wrong[0]} is {asked.get(wrong[0], 'unknown')}, there {shapes.get(wrong[0], 'missing')}" if wrong else ""
+    return "; ".join([*changed, f"{len(wrong)} of {len(asked)} tensors differ: {first}"])
+
+
+def save_model(folder, tensors, config, dtype=None, **meta):
+    """Write config.json and model.safetensors; dtype: convert floating-point weights; meta: kept beside them."""
     if dtype:
         most = torch.finfo(dtype).max  # usage counts of a codebook can exceed float16
         tensors = {k: v.clamp(-most, most).to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     write_file(Path(folder, "config.json"), json.dumps(config, indent=1) + "\n")
-    save_tensors(Path(folder, "model.safetensors"), tensors)
+    save_tensors(Path(folder, "model.safetensors"), tensors, **meta)
 
 
 def keep_copy(folder, copy):
@@ -131,8 +179,9 @@ def load_model(folder, model, fit=lambda tensors, model: tensors):
     tensors = fit(load_tensors(Path(folder, "model.safetensors"))[0], model)
     try:
         model.load_state_dict(tensors)
-    except RuntimeError as e:
-        raise ValueError(f"{folder}/model.safetensors does not fit its config.json, or these flags: {e}") from e
+    except RuntimeError:
+        why = misfit(folder, model, tensors)
+        raise ValueError(f"{folder}/model.safetensors does not fit its config.json, or these flags: {why}") from None
     return model.eval()
 
 
@@ -140,7 +189,7 @@ def load_vq(folder, device="cpu"):
     """A tokenizer's folder -> VQ, frozen, with the hash of its weights' file as `hash`.  ValueError if it is none."""
     config = read_config(folder)
     if config.get("kind") != "vq":
-        raise ValueError(f"{folder} is not a tokenizer; train_vq.py makes one")
+        raise ValueError(f"{folder} is not a tokenizer, as --vq needs; train_vq.py makes one")
     vq = load_model(folder, build_vq(config["model"])).to(device).requires_grad_(False)
     vq.hash = file_hash(Path(folder, "model.safetensors"))
     return vq

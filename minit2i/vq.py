@@ -12,7 +12,7 @@ Shapes: B batch, H W image, h w code grid, N = B*h*w latents, C latent channels,
 import math
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,12 +23,25 @@ from minit2i.collectives import all_reduce_sum, rank_and_world
 from minit2i.config import Settings, at_least, between, known, merge, pick
 
 # Registries.  A paper's file adds an entry to each that it needs: QUANTIZERS["gumbel"] = GumbelQuantizer.
-BACKBONES = {}  # name -> (Encoder, Decoder), built as Encoder(cfg, width), Decoder(cfg, width)
+BACKBONES = {}  # name -> Backbone
 QUANTIZERS = {}  # name -> class with the interface of Codebook; its settings are a nested class Config
 UPSAMPLERS = {"none": None}  # name -> class built from cfg: decoded image (B, 3, H, W) -> (B, 3, s*H, s*W)
 OUTPUTS = {}  # name -> (number of the decoder's maps, function that turns them into an image)
 RECON_LOSSES = {}  # name -> loss(maps, image, target); a name that is also in OUTPUTS needs that output
-PARTS = {"backbone": BACKBONES, "quantizer": QUANTIZERS, "upsampler": UPSAMPLERS}  # fields that name an entry
+PARTS = {  # fields that name an entry
+    "backbone": BACKBONES,
+    "decoder": BACKBONES,
+    "quantizer": QUANTIZERS,
+    "upsampler": UPSAMPLERS,
+}
+
+
+class Backbone(NamedTuple):
+    """Entry of BACKBONES: classes built as encoder(cfg, width) and decoder(cfg, width), and their settings."""
+
+    encoder: type
+    decoder: type
+    Config: type | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
-BACKBONES["vqvae"] = (Encoder, Decoder)
+BACKBONES["vqvae"] = Backbone(Encoder, Decoder)
 OUTPUTS["rgb"] = (3, lambda maps: maps.float())
 RECON_LOSSES["l1"] = lambda maps, image, target: (image - target).abs().mean()
 RECON_LOSSES["l2"] = lambda maps, image, target: (image - target).square().mean()
@@ -127,10 +140,12 @@ def nearest_code(z, codebook, block=2**22):
     """Index of the nearest codebook entry.
 
     z (N, C), codebook (V, C) -> codes (N,) in [0, V).  Computed in float32, `block` distances at a time; |z|^2 is the
-    same for every code and left out.  VQ-VAE, arXiv:1711.00937 eq. 1.
+    same for every code and left out.  VQ-VAE, arXiv:1711.00937 eq. 1.  Both are taken relative to the codes' mean: far
+    from zero the terms would cancel (at an offset of 300 a tenth of the codes was wrong).
     """
     with torch.autocast(z.device.type, enabled=False):
-        z, codebook = z.float(), codebook.float()
+        mean = codebook.float().mean(0)
+        z, codebook = z.float() - mean, codebook.float() - mean
         norm, rows = codebook.square().sum(1), max(1, block // len(codebook))
         codes = torch.empty(len(z), dtype=torch.long, device=z.device)
         distances = z.new_empty(min(rows, len(z)), len(codebook))  # one buffer: fresh ones fragment glibc's heap
@@ -151,6 +166,7 @@ def finite(z):
 
 def count_codes(codes, valid, n_codes):
     """How many valid latents of all ranks chose each code: codes (N,), valid (N,) -> (V,)."""
+    codes = codes.where(valid > 0, 0)  # fsq's code of NaN is no code
     return all_reduce_sum(valid.new_zeros(n_codes).index_add_(0, codes, valid))
 
 
@@ -169,7 +185,7 @@ def sample_latents(z, codes, valid, codebook, n, seed):
     rank, world = rank_and_world()
     weight = z.new_zeros(world, len(z))
     weight[rank] = (z - F.embedding(codes, codebook)).square().sum(1) * valid + 1e-12 * valid
-    weight = all_reduce_sum(weight).flatten().cpu()  # (world * N,)
+    weight = all_reduce_sum(weight).flatten().cpu().nan_to_num(0, 0, 0)  # (world * N,); of a codebook that has diverged
     if not weight.any():
         return codebook[:n].clone()
     index = weight.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(seed)).to(z.device)
@@ -247,6 +263,10 @@ class Codebook(nn.Module):
         codes = nearest_code(z, self.norm(self.codebook))  # gradients and averages leave the sphere
         z_q = self.lookup(codes)
         return z + (z_q - z).detach(), codes, self.loss(z, z_q)
+
+    def logits(self, z):
+        """z (N, C) -> minus the squared distance to each code (N, V), to sample codes from."""
+        return -torch.cdist(self.norm(z), self.norm(self.codebook)).square()
 
     def loss(self, z, z_q):
         """Commitment loss, VQ-VAE eq. 3, last term: pulls the latent to its code."""
@@ -356,12 +376,21 @@ class FSQ(nn.Module):
 
     def forward(self, z, train=False, step=0):
         """z (N, C) -> z_q (N, C) in [-1, 1] with a straight-through gradient, codes (N,), loss 0."""
-        half = (self.levels - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
-        z = (z.float() + (offset / half).atanh()).tanh() * half - offset  # (N, C), rounds to -n//2 ... (n-1)//2
+        z = self.bound(z)
         digits = z + (z.round() - z).detach()
         codes = ((digits.detach() + self.levels // 2) * self.radix).sum(1).round().long()
         return digits / (self.levels // 2), codes, z.new_zeros(())
+
+    def bound(self, z):
+        """z (N, C) -> (N, C), which rounds to -n//2 ... (n-1)//2."""
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        return (z.float() + (offset / half).atanh()).tanh() * half - offset
+
+    def logits(self, z):
+        """z (N, C) -> minus the squared distance to each code (N, V), in levels."""
+        scale = self.levels // 2
+        return -torch.cdist(self.bound(z), self.codebook * scale).square()
 
     def lookup(self, codes):
         """codes (...) -> latents (..., C)."""
@@ -397,7 +426,8 @@ def build_vq(settings):
     Entries that are not settings are ignored.  ValueError for unknown names and values out of bounds.
     """
     defaults = VQConfig()
-    chosen = [known(registry, f, settings.get(f, getattr(defaults, f))) for f, registry in PARTS.items()]
+    names = {f: settings.get(f, getattr(defaults, f)) for f in PARTS}
+    chosen = [known(PARTS[f], f, name) for f, name in names.items() if name or f != "decoder"]
     return VQ(pick(merge(VQConfig, *(getattr(part, "Config", None) for part in chosen)), settings))
 
 
@@ -411,8 +441,7 @@ class VQ(nn.Module):
         super().__init__()
         if cfg.patchwise and cfg.backbone != "vqvae":
             raise ValueError(f"--patchwise is for the vqvae backbone, not for {cfg.backbone}; leave it out")
-        encoder, _ = BACKBONES[cfg.backbone]
-        _, decoder = known(BACKBONES, "decoder", cfg.decoder or cfg.backbone)
+        encoder, decoder = BACKBONES[cfg.backbone].encoder, BACKBONES[cfg.decoder or cfg.backbone].decoder
         quantizer, upsampler = QUANTIZERS[cfg.quantizer], UPSAMPLERS[cfg.upsampler]
         self.cfg, (wide, narrow) = cfg, quantizer.widths(cfg)
         self.encoder = encoder(cfg, wide)
@@ -468,6 +497,21 @@ class VQ(nn.Module):
 
         halo = reach(self.encoder) / self.cfg.stride if is_local(self.encoder) else HALO
         return tiled(encode_whole, image, self.grid(*image.shape[-2:]), tile, halo, self.cfg.stride, 1)
+
+    @torch.no_grad()
+    def sample_codes(self, image, n, temperature, seeds):
+        """n random codes in each place, from softmax(logits / temperature): image (B, 3, H, W) -> (B, n, h, w).
+
+        seeds: of each image, which makes its codes independent of the batch.  DALL-E, arXiv:2102.12092 sec. 2.2
+        footnote: codes sampled from the encoder's distribution, instead of its argmax, regularise an overparameterised
+        prior.
+        """
+        found = []
+        for z, seed in zip(self.latents(image), seeds):  # (h, w, C)
+            p = (self.quantizer.logits(z.flatten(0, 1)) / temperature).softmax(1).cpu()  # (N, V)
+            codes = p.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(seed))  # (N, n)
+            found.append(codes.t().reshape(n, *z.shape[:2]))
+        return torch.stack(found)
 
     @torch.no_grad()
     def decode(self, codes, tile=0):

@@ -56,7 +56,7 @@ def test_wrong_checkpoints_are_clear_errors(wrong, vq_run, prior_run, tmp_path):
     for name, data in zip(("config.json", "model.safetensors"), files.get(wrong, ())):
         (tmp_path / name).write_bytes(data)
     message = {
-        "a prior": "is not a tokenizer; train_vq.py makes one",
+        "a prior": "is not a tokenizer.*train_vq.py makes one",
         "nothing": "is not a checkpoint folder: no config.json in it",
         "damaged": "config.json is damaged",
         "another shape": "does not fit its config.json",
@@ -95,6 +95,19 @@ def train_step(learner):
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad()
+
+
+def test_pickled_weights_of_others_are_named(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="holds pytorch_model.bin, a pickle, .*; convert it to safetensors"):
+        list(read_hf(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"kind": "vq"}', '{"kind": "vq", "model": []}'])
+def test_a_config_of_another_shape_is_refused(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="is not the config of a model: it lacks .*model"):
+        read_config(tmp_path)
 
 
 def test_the_state_restores_all_learners(tmp_path):

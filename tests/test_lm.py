@@ -233,6 +233,20 @@ def test_conflicting_flags_are_refused(words, tmp_path):
     assert GPTConfig.n_layer not in (2, 3)  # the default is not mistaken for a given flag
 
 
+def test_a_window_shorter_than_the_sequence_is_refused(words, tmp_path):
+    """Mistral's sliding_window, which hides nothing in a sequence of its length or less."""
+    write(tmp_path, words)
+    path, n = tmp_path / "config.json", 9 + 4
+    for window, refused in ((n - 1, True), (n, False), (None, False)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": window}))
+        model = prior(tmp_path)
+        if refused:
+            with pytest.raises(ValueError, match=rf"last {n - 1} positions \(sliding_window\), .* this sequence has {n};"):
+                model.check(1 / 8)
+        else:
+            model.check(1 / 8)
+
+
 def test_a_vocabulary_needs_begin_and_end_tokens(words, tmp_path):
     write(tmp_path, words)
     assert config(tmp_path)[0].vocabulary(config(tmp_path)[1]) == words
@@ -338,7 +352,7 @@ def test_a_text_file_is_loaded(tmp_path):
     (tmp_path / "book.txt").write_text("\n\n".join("the cat sat on the mat and the dog sat on the log".split() * 30))
     model_cfg, procs = SimpleNamespace(text_len=9, llama=""), Processes("cpu", "fp32")
     data_cfg = SimpleNamespace(data=str(tmp_path / "book.txt"), val_data="0.1")
-    cfg = SimpleNamespace(out=str(tmp_path), resume=False, vocab_size=280, seed=0)
+    cfg = SimpleNamespace(out=str(tmp_path), resume=False, init="", vocab_size=280, seed=0)
     data = load_text_file(LanguageModel, model_cfg, data_cfg, cfg, procs)
     assert data.text.n_vocab <= 280 and data.vq is None and len(data.train_set) > 8 * len(data.val_set) > 0
     before = (tmp_path / "text.model").read_bytes()

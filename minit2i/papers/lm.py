@@ -10,6 +10,7 @@ What it adds
                 what of its language a prior forgets                           experiments/probes.py
 
 What differs here
+    MoVQ's norms start as plain GroupNorm; the release starts their convolutions at random.  Its weights load (vqmodel.py).
     The tokenizer is ours, trained on the same images (the paper: SBER-MoVQGAN); MoVQ's multichannel codes are left out.
     Text and codes have an output layer each: no probability goes to the other kind.  Tied embeddings are copied.
     A small language model of one's own (LanguageModel) stands in where none can be had.
@@ -39,16 +40,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save as tensors_to_bytes
 
-from minit2i.checkpoint import load_model, read_config, read_hf, write_file
+from minit2i.checkpoint import check_free, load_model, read_config, read_hf, write_file
 from minit2i.collectives import barrier
 from minit2i.config import Settings
-from minit2i.data import read_text_file
 from minit2i.demo import VQGAN, demo
 from minit2i.gpt import GPT, MODELS, GPTConfig, Prior, cross_entropy
 from minit2i.papers.taming import RECIPE as TAMING
-from minit2i.papers.taming import Norm, VQGANDecoder, VQGANEncoder
-from minit2i.tokens import Text, read_pieces
-from minit2i.vq import BACKBONES
+from minit2i.papers.taming import Norm, VQGANConfig, VQGANDecoder, VQGANEncoder
+from minit2i.sources import read_text_file
+from minit2i.tokens import Text, new_vocabulary, read_pieces
+from minit2i.vq import BACKBONES, Backbone
 
 # --- STAGE 1: tokenizer ----------------------------------------------------------------------------------
 # Shapes: B batch, h w a layer's grid, C latent channels.
@@ -58,21 +59,18 @@ class SpatialNorm(Norm):
     """GroupNorm scaled and shifted by the latents: x (B, ch, h, w), z (B, C, ...) -> the same shape as x.
 
     MoVQ, arXiv:2209.09002: y = phi(z) * norm(x) + psi(z), phi and psi 1x1 convolutions of the latents, repeated up to
-    x's size.  It starts as plain GroupNorm: phi 1, psi 0.
+    x's size; z is the latent that post_quant_conv has not seen yet.  It starts as plain GroupNorm: phi 1, psi 0.
     """
 
     def __init__(self, ch, code_dim):
-        super().__init__(ch, affine=False)
-        self.modulate = nn.Conv2d(code_dim, 2 * ch, 1)
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
+        super().__init__(ch)
+        self.conv_y, self.conv_b = nn.Conv2d(code_dim, ch, 1), nn.Conv2d(code_dim, ch, 1)
+        for conv, start in ((self.conv_y, 1.0), (self.conv_b, 0.0)):
+            nn.init.zeros_(conv.weight), nn.init.constant_(conv.bias, start)
 
     def forward(self, x, z):
-        y = super().forward(x, z)
-        scale, shift = self.modulate(z).chunk(
-            2, 1
-        )  # (B, ch, ...) each; 1x1 commutes with repeating and is cheaper first
-        return y * (1 + F.interpolate(scale, y.shape[-2:])) + F.interpolate(shift, y.shape[-2:])
+        scale, shift = (F.interpolate(conv(z), x.shape[-2:]) for conv in (self.conv_y, self.conv_b))
+        return super().forward(x, z) * scale + shift  # 1x1 commutes with repeating, and is cheaper before it
 
 
 class MoVQDecoder(VQGANDecoder):
@@ -82,7 +80,7 @@ class MoVQDecoder(VQGANDecoder):
         super().__init__(cfg, width, norm=partial(SpatialNorm, code_dim=width))
 
 
-BACKBONES["movq"] = (VQGANEncoder, MoVQDecoder)
+BACKBONES["movq"] = Backbone(VQGANEncoder, MoVQDecoder, VQGANConfig)
 
 
 # --- STAGE 2: prior --------------------------------------------------------------------------------------
@@ -193,7 +191,12 @@ def llama_vocabulary(folder):
 
 
 def save_llama(folder, model, text):
-    """Write the text part of a prior (pos sequence, rmsnorm, swiglu, no qk_norm) as a language model's folder."""
+    """Write the text part of a prior (pos sequence, rmsnorm, swiglu, no qk_norm) as a language model's folder.
+
+    Read tokenizer.model with transformers' AutoTokenizer: its ids are ours, but for some rare letters (checked with 5.24).
+    LlamaTokenizer leaves out the NFKC casefold that the words were learned with, and gives capitals other ids.  Words of
+    --grow_vocab are ours alone: other programs spell them.
+    """
     cfg = model.cfg
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -253,6 +256,16 @@ class Llama(GPT):
     @staticmethod
     def vocabulary(cfg):
         return llama_vocabulary(cfg.llama) if cfg.llama else None
+
+    def check(self, text_weight):
+        super().check(text_weight)
+        path = Path(self.cfg.llama, "config.json")
+        window = read_config(path.parent, ()).get("sliding_window") if self.cfg.llama and path.exists() else None
+        if window and window < self.layout.length:  # Mistral's; in a shorter sequence it hides nothing
+            raise ValueError(
+                f"{path.parent} attends to the last {window} positions (sliding_window), which is not implemented, and "
+                f"this sequence has {self.layout.length}; use a smaller --text_len or --image_size"
+            )
 
     def load_start(self):
         if self.cfg.llama and self.cfg.llama_weights:
@@ -321,13 +334,19 @@ class TextData:
 
 def load_text_file(model, model_cfg, data_cfg, cfg, procs):
     """The plain text file --data -> TextData.  The text model is trained now, or the resumed run's own."""
+    if Path(data_cfg.data).is_dir() or data_cfg.data.startswith("scenes"):
+        raise ValueError(
+            f"a language model learns from a text file, not from --data {data_cfg.data}; a prior starts from one with "
+            "--model llama --llama FOLDER/lm"
+        )
     paragraphs, path = read_paragraphs(data_cfg.data), Path(cfg.out, "text.model")
     try:
         fraction = float(data_cfg.val_data)
     except ValueError:
         raise ValueError(f"val_data {data_cfg.val_data} is not a fraction of the text file; use 0.02") from None
     if procs.main and not cfg.resume:
-        write_file(path, model.vocabulary(model_cfg) or Text.train(paragraphs, cfg.vocab_size))
+        check_free(Path(cfg.out, "lm"))
+        write_file(path, new_vocabulary(cfg, model.vocabulary(model_cfg), paragraphs))
     barrier()
     text = Text(path.read_bytes(), model_cfg.text_len)
     return TextData(text, *text_windows(paragraphs, text, fraction, cfg.seed))
