@@ -1,21 +1,27 @@
-"""Captioned images: their sources, crops and order.
+"""Captioned images as samples: what --data says, crops, order, batches.
 
-A source numbers its entries: `key(i)`, `image(i) -> PIL image`, `captions(i) -> [str]`.  `Images` turns a source into
-(image tensor, caption) samples, each a pure function of (seed, position): resuming, more workers or more processes
-change nothing.
+--data and --val_data name a source (sources.py) or several: PATH[@CAPTIONS][:TIMES], joined by commas.
+
+    scenes, scenes:8000                  generated images
+    photos                               a folder with captions beside the images, or with metadata.jsonl, metadata.csv
+    'shards/{00000..00041}.tar'          tar shards; braces as in a shell, globs with * and **
+    photos@captions                      captions below another folder, at the same relative path
+    train2017@captions_train2017.json    ... or in a table: COCO's json, .jsonl, .csv
+    photos:3,scenes:8000                 each photograph comes three times in an epoch
+    photos:3,scenes:8000:2               of scenes the first number says how many they are
+
+A path that has such a name is that path; if the other reading exists too, that is an error.
+
+`Images` turns a source into (image tensor, caption) samples, each a pure function of (seed, position): resuming, more
+workers or more processes change nothing.
 
 Shapes: B batch, H W image.
 """
 
-import codecs
 import contextlib
 import glob
-import hashlib
-import inspect
-import io
 import os
 import re
-import tarfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -24,21 +30,14 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from minit2i import scenes
 from minit2i.collectives import barrier, gather_objects, rank_and_world
-from minit2i.config import Settings, Group, at_least
-from minit2i.scenes import caption, render, scene_at
+from minit2i.config import RARE, Settings, Group, at_least, known
+from minit2i.sources import DATA_FILTERS, EXTENSIONS, BadEntry, CaptionFormat, Folder, Joined, Scenes, Shards
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SCENES_SOURCE = hashlib.sha256(inspect.getsource(scenes).encode()).hexdigest()  # changed scenes are encoded anew
 N_SCENES = 200_000  # of --data scenes
-MAX_PIXELS = 100_000_000  # more is treated as a decompression bomb; a 50-megapixel photograph passes
-
-
-class BadEntry(Exception):
-    """An entry that cannot be used; the message says why in a few words."""
+WHAT = "'scenes' or scenes:NUMBER, a folder, tar shards (path, glob, {00000..00041}), or several: see data.py"
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,23 @@ class DataConfig(Settings):
 
     group = "Data"
 
-    data: Annotated[str, "'scenes' or scenes:NUMBER, a folder, or tar shards (path, glob or {00000..00041})"] = "scenes"
+    data: Annotated[str, WHAT] = "scenes"
     val_data: Annotated[str, "validation images, given like --data, or the fraction of --data kept for it"] = "0.02"
+    caption_ext: Annotated[str, "ending of the caption files; empty: .txt, or .json with --caption_key", RARE] = ""
+    caption_key: Annotated[str, "field of each image's .json, or column of a table, that holds captions", RARE] = ""
+    data_filter: Annotated[str, "leave out what a paper's data left out: dalle", RARE] = ""
     image_size: Annotated[str, "pixels: 64, or HEIGHTxWIDTH as 96x64; empty: 64, or the tokenizer's"] = ""
     resize: Annotated[int, "short side after resizing, before the crop; 0: just large enough", at_least(0)] = 0
+    crop: Annotated[str, "where random crops lie: any, or as in DALL-E's training: dvae, dalle", RARE] = "any"
     workers: Annotated[int, "loader processes", Group("Scale"), at_least(0)] = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        known(CROPS, "crop", self.crop)
+        if self.crop != "any" and self.resize:
+            raise ValueError(f"crop {self.crop} says itself how images are resized; leave --resize out")
+        if self.data_filter:
+            known(DATA_FILTERS, "data_filter", self.data_filter)
 
 
 def parse_size(image_size):
@@ -62,255 +73,153 @@ def parse_size(image_size):
     return h, w[0] if w else h
 
 
-# --- images --------------------------------------------------------------------------------------------
+# --- crops ---------------------------------------------------------------------------------------------
 
 
-FAULTS = (
-    (Image.DecompressionBombError, "more than 100 megapixels"),
-    (Image.UnidentifiedImageError, "not an image"),
-    (FileNotFoundError, "missing file"),
-    (PermissionError, "no permission"),
-    (Exception, "damaged image"),  # Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error, ...
-)
+def any_place(im, size, resize, rng):
+    """Where the crop lies in a PIL image: (left, top, right, bottom) of a part with the aspect ratio of size = (H, W).
 
-
-def open_rgb(file, near=None):
-    """Any image file (path or bytes) -> PIL RGB image, upright, transparency on white.
-
-    near: (height, width) that suffices; a large JPEG is then decoded at a fraction of its size.
-    Raises BadEntry for a file that is empty, damaged, too large or not an image.
-    """
-    try:
-        raw = isinstance(file, bytes)
-        if not (len(file) if raw else os.path.getsize(file)):
-            raise BadEntry("empty file")
-        with Image.open(io.BytesIO(file) if raw else file) as im:  # of a path, only the header is read here
-            if im.width * im.height > MAX_PIXELS:
-                raise BadEntry("more than 100 megapixels")
-            if near:
-                im.draft("RGB", (near[1], near[0]))
-            im.load()
-            im = ImageOps.exif_transpose(im)
-            if im.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):  # 16-bit gray: Pillow would clip at 255
-                im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
-            if im.mode == "F":  # float TIFFs hold 0..1 or 0..255
-                array = np.nan_to_num(np.asarray(im))
-                array = array * (255 if array.max() <= 1 else 1)
-                im = Image.fromarray(array.clip(0, 255).round().astype(np.uint8))
-            if im.has_transparency_data:
-                im = im.convert("RGBA")
-                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-            return im.convert("RGB")
-    except BadEntry:
-        raise
-    except Exception as e:
-        raise BadEntry(next(why for kind, why in FAULTS if isinstance(e, kind))) from None
-
-
-def crop(im, size, resize=0, flip=False, rng=None):
-    """PIL image -> (3, H, W) tensor in [-1, 1]: resize the short side, then crop to size = (H, W).
-
-    With rng the crop is random (and mirrored half of the time if flip), without it central.
+    The short side is resized to `resize` or just large enough; the crop lies anywhere, without rng in the middle.
     """
     h, w = size
     scale = max(h / im.height, w / im.width, resize / min(im.size))
     full_w, full_h = max(w, round(im.width * scale)), max(h, round(im.height * scale))
-    if rng is None:
-        x, y, mirror = (full_w - w) // 2, (full_h - h) // 2, False
-    else:
+    x, y = (full_w - w) // 2, (full_h - h) // 2
+    if rng is not None:
         x, y = rng.integers(full_w - w + 1), rng.integers(full_h - h + 1)
-        mirror = flip and rng.random() < 0.5
-    sx, sy = im.width / full_w, im.height / full_h  # resize the cropped part only: a 1x10000 image is cheap
-    array = np.array(im.resize((w, h), Image.BICUBIC, box=(x * sx, y * sy, (x + w) * sx, (y + h) * sy)))  # (H, W, 3)
-    if mirror:
+    sx, sy = im.width / full_w, im.height / full_h
+    return x * sx, y * sy, (x + w) * sx, (y + h) * sy
+
+
+CROPS = {"any": any_place}  # --crop: (PIL image, size, resize, rng) -> box
+
+
+def crop(im, size, resize=0, flip=False, rng=None, place=any_place):
+    """PIL image -> (3, H, W) tensor in [-1, 1]: a part of it, resized to size = (H, W).
+
+    With rng the part is random, as `place` says (and mirrored half of the time if flip), without it central.
+    """
+    h, w = size
+    box = any_place(im, size, resize, None) if rng is None else place(im, size, resize, rng)
+    array = np.array(im.resize((w, h), Image.BICUBIC, box=box))  # (H, W, 3); of a 1x10000 image only the part
+    if rng is not None and flip and rng.random() < 0.5:
         array = array[:, ::-1].copy()
     return torch.from_numpy(array).permute(2, 0, 1).float().div_(127.5).sub_(1)
-
-
-# --- text ----------------------------------------------------------------------------------------------
-
-
-def decode_text(raw):
-    """bytes -> str: UTF-8, or UTF-16 with a byte-order mark.  UnicodeDecodeError for anything else."""
-    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return raw.decode("utf-16" if utf16 else "utf-8-sig")
-
-
-def read_text_file(path):
-    """A text file -> str.  ValueError if it cannot be read or decoded."""
-    try:
-        return decode_text(raw := Path(path).read_bytes())
-    except OSError as e:
-        raise ValueError(f"{path} cannot be read: {e.strerror}; a plain text file is needed") from None
-    except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise ValueError(f"{path} is not UTF-8 (line {line}); save it as UTF-8") from None
-
-
-def caption_lines(raw):
-    """bytes of a .txt file -> its captions, one per nonempty line.  BadEntry if there is none."""
-    try:
-        lines = [line.strip() for line in decode_text(raw).splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise BadEntry("caption is not UTF-8") from None
-    if not lines:
-        raise BadEntry("empty caption")
-    return lines
 
 
 # --- sources -------------------------------------------------------------------------------------------
 
 
-class Folder:
-    """Images below a folder, each with a .txt file of the same stem beside it."""
-
-    damaged = ()
-
-    def __init__(self, root):
-        self.root, self.paths, seen = Path(root), [], set()
-        for here, folders, files in os.walk(root, followlinks=True):
-            real = os.path.realpath(here)
-            if real in seen:  # a symbolic link back up
-                folders.clear()
-                continue
-            seen.add(real)
-            folders.sort()
-            self.paths += [os.path.join(here, f) for f in files if f.lower().endswith(EXTENSIONS)]
-        self.paths.sort()
-
-    def __len__(self):
-        return len(self.paths)
-
-    def key(self, i):
-        return os.path.relpath(self.paths[i], self.root).encode("utf-8", "backslashreplace").decode()
-
-    def text_path(self, i):
-        return os.path.splitext(self.paths[i])[0] + ".txt"
-
-    def stamp(self, i):
-        """Sizes and modification times of the image and its caption file, which change with their contents."""
-        stamp = []
-        for path in (self.paths[i], self.text_path(i)):
-            try:
-                s = os.stat(path)
-                stamp.append(f"{s.st_size} {s.st_mtime_ns}")
-            except OSError:
-                stamp.append("missing")
-        return " ".join(stamp)
-
-    def image(self, i, near=None):
-        return open_rgb(self.paths[i], near)
-
-    def captions(self, i, rng=None):
-        try:
-            return caption_lines(Path(self.text_path(i)).read_bytes())
-        except OSError:
-            raise BadEntry("no caption file") from None
+def at_commas(text):
+    """'a,{b,c}' -> ['a', '{b,c}']: the parts between commas that stand in no braces."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "{") - (letter == "}")
+        parts = [*parts, ""] if letter == "," and not depth else [*parts[:-1], parts[-1] + letter]
+    return parts
 
 
-class Shards:
-    """WebDataset tar shards as img2dataset writes them: key.jpg, key.txt, key.json side by side.
-
-    Only the tar headers are read at the start, and nothing is unpacked: a member is read where it lies in its shard, by
-    any process or worker.
-    """
-
-    def __init__(self, paths):
-        self.shards, self.entries, self.damaged = paths, [], []
-        for shard, path in enumerate(paths):
-            found = {}  # key -> {"image": (offset, size), "txt": (offset, size)}
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    for m in tar:
-                        folder, _, name = m.name.rpartition("/")
-                        stem, _, extension = name.partition(".")  # WebDataset: the key ends at the first dot
-                        kind = "image" if f".{extension.lower()}" in EXTENSIONS else extension.lower()
-                        if m.isfile() and kind in ("image", "txt"):
-                            key = f"{folder}/{stem}" if folder else stem
-                            found.setdefault(key, {})[kind] = (m.offset_data, m.size)
-                with open(path, "rb") as f:
-                    f.seek(-512, os.SEEK_END)
-                    whole = not any(f.read())  # a tar ends with empty blocks
-                if not whole:
-                    self.damaged.append((path, "shard cut short; the entries before the cut are used"))
-            except (tarfile.TarError, OSError, EOFError) as e:
-                self.damaged.append((path, f"damaged shard ({e}); the entries before the damage are used"))
-            self.entries += [(shard, k, v["image"], v.get("txt")) for k, v in found.items() if "image" in v]
-
-    def __len__(self):
-        return len(self.entries)
-
-    def key(self, i):
-        return self.entries[i][1]
-
-    def stamp(self, i):
-        shard, _, image, _ = self.entries[i]
-        s = os.stat(self.shards[shard])
-        return f"{shard} {image} {s.st_size} {s.st_mtime_ns}"
-
-    def read(self, shard, part):
-        offset, size = part
-        with open(self.shards[shard], "rb") as f:
-            f.seek(offset)
-            return f.read(size)
-
-    def image(self, i, near=None):
-        shard, _, part, _ = self.entries[i]
-        return open_rgb(self.read(shard, part), near)
-
-    def captions(self, i, rng=None):
-        shard, _, _, part = self.entries[i]
-        if part is None:
-            raise BadEntry("no caption file")
-        return caption_lines(self.read(shard, part))
+def expand_braces(pattern):
+    """The names of a pattern, as a shell expands it: {00..41}, {a,b}, several of them, one in another."""
+    start = pattern.find("{")
+    depths = np.cumsum([(letter == "{") - (letter == "}") for letter in pattern[start:]])
+    if start < 0 or depths.all():  # no pair
+        return [pattern]
+    end = start + int(np.argmin(depths != 0))
+    inside, rests = pattern[start + 1 : end], expand_braces(pattern[end + 1 :])
+    names = [name for part in at_commas(inside) for name in expand_braces(part)]
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = map(int, numbers.groups())
+        step = 1 if first <= last else -1
+        names = [str(k).zfill(len(numbers[1])) for k in range(first, last + step, step)]
+    elif len(at_commas(inside)) == 1:  # braces of a name
+        names = [f"{{{name}}}" for name in names]
+    return [pattern[:start] + name + rest for name in names for rest in rests]
 
 
-class Scenes:
-    """Generated images (scenes.py): entry i is a pure function of (seed, i)."""
+def ambiguous(spec, other):
+    """The error (to raise) that a spec is a path and has another meaning as well."""
+    return ValueError(f"{spec} is a path, and also {other}; rename one of them")
 
-    damaged = ()
 
-    def __init__(self, n, size, seed=0):
-        self.n, self.size, self.seed = n, size, seed
+def read_spec(spec):
+    """'photos@captions:3' -> ('photos', 'captions', 3); without them '' and 1.  ValueError where two readings exist."""
+    times, beside = 1, ""
+    if (end := re.fullmatch(r"(.+):([1-9]\d*)", spec)) and end[1] != "scenes":
+        if os.path.exists(spec) and os.path.exists(end[1]):
+            raise ambiguous(spec, f"{end[1]}, {end[2]} times")
+        if not os.path.exists(spec):
+            spec, times = end[1], int(end[2])
+    cuts = [k for k, letter in enumerate(spec) if letter == "@" and os.path.isdir(spec[:k])]
+    if cuts and os.path.exists(spec):
+        raise ambiguous(spec, f"{spec[: cuts[0]]} with captions")
+    if cuts:
+        spec, beside = spec[: cuts[0]], spec[cuts[0] + 1 :]
+    return spec, beside, times
 
-    def __len__(self):
-        return self.n
 
-    def key(self, i):
-        return f"scene-{self.seed}-{i}"
+TABLE_ENDINGS = (".csv", ".jsonl", ".json")
 
-    def stamp(self, i):
-        return SCENES_SOURCE
 
-    def image(self, i, near=None):
-        return render(scene_at(self.seed, i), *self.size)
+def open_folder(path, beside, form):
+    """A folder, and the folder or table of its captions ('': beside the images) -> Folder; ValueError if it has no
+    images."""
+    if beside and not os.path.isdir(beside) and not beside.lower().endswith(TABLE_ENDINGS):
+        raise ValueError(f"{beside} holds no captions for {path}; use a folder, a .csv, a .jsonl or COCO's .json")
+    if len(source := Folder(path, form, beside)):
+        return source
+    files = [Path(here, name) for here, _, names in os.walk(path) for name in names]
+    if tars := [file for file in files if file.suffix.lower() == ".tar"]:
+        pattern = "*.tar" if all(file.parent == Path(path) for file in tars) else "**/*.tar"
+        raise ValueError(f"{path} holds {len(tars)} .tar and no images; use '{os.path.join(path, pattern)}'")
+    counts = Counter(file.suffix.lower() or "without ending" for file in files).most_common(5)
+    held = ", ".join(f"{n} {ending}" for ending, n in counts) or "nothing"
+    parquet = "; write the images and captions of .parquet to a folder first" if ".parquet" in dict(counts) else ""
+    raise ValueError(f"no images in {path}: it holds {held}{parquet}")
 
-    def captions(self, i, rng=None):
-        rng = np.random.default_rng((self.seed, i, 1)) if rng is None else rng
-        return [caption(scene_at(self.seed, i), rng)[0]]
+
+def open_shards(pattern, form):
+    """Tar shards by path, glob or braces -> Shards; ValueError for other files."""
+    names = [pattern] if os.path.isfile(pattern) else expand_braces(pattern)
+    names = [*dict.fromkeys(found for name in names for found in sorted(glob.glob(name, recursive=True)) or [name])]
+    for name in names:
+        ending = Path(name).suffix.lower()
+        if os.path.isdir(name):
+            raise ValueError(f"{pattern} takes in the folder {name}; end it with *.tar, or join folders by commas")
+        if not os.path.isfile(name):
+            raise ValueError(
+                f"{name} is neither a folder nor a tar shard; --data takes 'scenes' or scenes:NUMBER, a folder, shards "
+                "as path, glob or {00000..00041}, or several of these joined by commas"
+            )
+        if ending in TABLE_ENDINGS:
+            raise ValueError(f"{name} is no images; if it is a table of captions, use FOLDER@{name}")
+        if ending in EXTENSIONS or ending == ".txt":
+            raise ValueError(f"{name} is a single file; --data takes the folder of the images and their captions")
+    if len(source := Shards(names, form)):
+        return source
+    raise ValueError(f"no images in {pattern}" + "".join(f"; {name}: {why}" for name, why in source.skipped[:3]))
+
+
+def open_part(spec, cfg):
+    """PATH[@CAPTIONS][:TIMES] -> source, TIMES."""
+    path, beside, times = read_spec(spec)
+    ending = cfg.caption_ext or (".json" if cfg.caption_key else ".txt")
+    form = CaptionFormat(ending if ending.startswith(".") else f".{ending}", cfg.caption_key)
+    if generated := re.fullmatch(r"scenes(?::([1-9]\d*))?", path):
+        return Scenes(int(generated[1] or N_SCENES), parse_size(cfg.image_size or "64")), times
+    return (open_folder(path, beside, form) if os.path.isdir(path) else open_shards(path, form)), times
 
 
 def open_source(spec, cfg):
     """--data or --val_data -> source.  ValueError if there is nothing there."""
-    if generated := re.fullmatch(r"scenes(?::([1-9]\d*))?", spec):
-        return Scenes(int(generated[1] or N_SCENES), parse_size(cfg.image_size or "64"))
-    if os.path.isdir(spec):
-        source = Folder(spec)
-    else:
-        if braces := re.search(r"\{(\d+)\.\.(\d+)\}", spec):
-            lo, hi = braces.groups()
-            names = [spec.replace(braces[0], str(k).zfill(len(lo))) for k in range(int(lo), int(hi) + 1)]
-        else:
-            names = sorted(glob.glob(spec)) or [spec]
-        if missing := [n for n in names if not os.path.isfile(n)]:
-            raise ValueError(
-                f"{missing[0]} is neither a folder nor a tar shard; --data takes 'scenes' or scenes:NUMBER, a folder, "
-                "or shards as path, glob or {00000..00041}"
-            )
-        source = Shards(names)
-    if not len(source):
-        raise ValueError(f"no images in {spec}; looked for {' '.join(EXTENSIONS)}")
-    return source
+    cfg, parts = cfg or DataConfig(), at_commas(spec)
+    if len(parts) > 1 and os.path.exists(spec):
+        if all(os.path.exists(part) for part in parts):
+            raise ambiguous(spec, "a list")
+        parts = [spec]
+    sources, times = zip(*(open_part(part, cfg) for part in parts))
+    source = sources[0] if times == (1,) else Joined(parts, sources, times)
+    return DATA_FILTERS[cfg.data_filter](source) if cfg.data_filter else source
 
 
 def captions(source, indices):
@@ -318,6 +227,17 @@ def captions(source, indices):
     for i in indices:
         with contextlib.suppress(BadEntry):
             yield from source.captions(int(i))
+
+
+def without_captions(source, indices):
+    """The entries that have no caption -> [(name, reason)]."""
+    found = []
+    for i in map(int, indices):
+        try:
+            source.captions(i)
+        except BadEntry as e:
+            found.append((source.name(i), str(e)))
+    return found
 
 
 def split(cfg):
@@ -346,10 +266,16 @@ def split(cfg):
 
 
 class Order:
-    """Position p = 0, 1, 2, ... -> entry: a new permutation every epoch, a pure function of (seed, epoch)."""
+    """Position p = 0, 1, 2, ... -> entry: a new permutation every epoch, a pure function of (seed, epoch).
 
-    def __init__(self, indices, seed):
-        self.indices, self.seed, self.epoch, self.permutation = indices, seed, None, None
+    times: how often entries come in an epoch, a number or one for each.
+    """
+
+    def __init__(self, indices, seed, times=1):
+        self.indices, self.seed, self.epoch, self.permutation = np.repeat(indices, times), seed, None, None
+
+    def __len__(self):
+        return len(self.indices)
 
     def __getitem__(self, p):
         epoch, i = divmod(p, len(self.indices))
@@ -362,7 +288,7 @@ class Order:
 class Images(torch.utils.data.Dataset):
     """Position p -> (image (3, H, W) in [-1, 1], caption, skipped).
 
-    An entry that cannot be used is replaced by the next in order; skipped lists its (key, why).
+    An entry that cannot be used is replaced by the next in order; skipped lists its (name, why).
     seed None: entries in order, central crop, first caption (validation).  captions False: entries need none.
     Raises ValueError if no entry can be used.
     """
@@ -370,7 +296,8 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, source, indices, cfg, seed=None, captions=True, flip=False):
         self.source, self.indices, self.cfg, self.seed = source, indices, cfg, seed
         self.captions, self.flip, self.size = captions, flip, parse_size(cfg.image_size)
-        self.order = None if seed is None else Order(indices, seed)
+        self.place = CROPS[cfg.crop]
+        self.order = None if seed is None else Order(indices, seed, source.times(indices))
 
     def __len__(self):
         return len(self.indices)
@@ -379,25 +306,33 @@ class Images(torch.utils.data.Dataset):
         """Entry i -> image, caption; BadEntry if either is missing."""
         lines = self.source.captions(i, rng) if self.captions else [""]
         near = [2 * max(s, self.cfg.resize) for s in self.size]
-        image = crop(self.source.image(i, near), self.size, self.cfg.resize, self.flip, rng)
+        image = crop(self.source.image(i, near), self.size, self.cfg.resize, self.flip, rng, self.place)
         return image, lines[0 if rng is None else rng.integers(len(lines))]
 
     def __getitem__(self, p):
-        skipped = []
-        for q in range(p, p + 2 * len(self.indices)):  # two epochs from anywhere see every entry
+        skipped, n = [], len(self.indices if self.order is None else self.order)
+        for q in range(p, p + 2 * n):  # two epochs from anywhere see every entry
             rng = None if self.seed is None else np.random.default_rng((self.seed, p))
             i = int(self.indices[q % len(self.indices)]) if self.order is None else self.order[q]
             try:
                 return *self.load(i, rng), skipped
             except BadEntry as e:
-                skipped.append((self.source.key(i), str(e)))
+                skipped.append((self.source.name(i), str(e)))
         raise none_usable(self.indices, skipped)
 
 
+class NoneUsable(ValueError):
+    """No entry can be used; skipped: [(name, reason)]."""
+
+    def __init__(self, message, skipped=()):
+        super().__init__(message)
+        self.skipped = skipped
+
+
 def none_usable(indices, skipped):
-    """The error (to raise) that no entry can be used; skipped: [(key, reason)], of which it names three."""
+    """The error (to raise) that no entry can be used; skipped: [(name, reason)], of which it names three."""
     why = "; ".join(f"{k}: {r}" for k, r in skipped[:3])
-    return ValueError(f"none of the {len(indices)} entries can be used ({why})")
+    return NoneUsable(f"none of the {len(indices)} entries can be used ({why})", skipped)
 
 
 def collate(samples):
@@ -407,7 +342,7 @@ def collate(samples):
 
 
 class Skipped:
-    """The entries that could not be used: each key once, counted by reason; the first hundred are printed."""
+    """The entries that could not be used: each name once, counted by reason; the first hundred are printed."""
 
     def __init__(self, say=print):
         self.why, self.say = {}, say
