@@ -4,7 +4,8 @@
     token      text and pads           | code 0 ... code N-2  code N-1
     predicts   text 1 .. T-1   code 0  | code 1 ... code N-1  nothing
 
-DALL-E's prior (arXiv:2102.12092 sec. 2.2) on nanoGPT-sized blocks.  The papers' files add to it along two axes:
+DALL-E's prior (arXiv:2102.12092 sec. 2.2) on nanoGPT-sized blocks.  Where pads are hidden from attention (--pads
+hidden), the last word predicts code 0.  The papers' files add to it along two axes:
 
     MODELS      how a prior learns and samples: a subclass of GPT with its own `loss` and `generate`      --model
     CONDITIONS  what it is conditioned on: modules that put positions before the codes, or give a memory  --condition
@@ -20,7 +21,7 @@ D width, H heads, K head size, V vocabulary.
 import math
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 import torch
@@ -46,8 +47,8 @@ class GPTConfig(Settings):
     text_len: Annotated[int, "text positions T, begin and end tokens included", at_least(3)] = 32
     mask: Annotated[str, "attention mask: a name (see MASKS), several that layers take in turn, or dalle"] = "causal"
     pos: Annotated[
-        str, "positions: learned (text, row + column), 2-D rotary, or rotary along the sequence",
-        ("learned", "rotary", "sequence"),
+        str, "positions: learned (text, row + column; or by index), 2-D rotary, or rotary along the sequence",
+        ("learned", "index", "rotary", "sequence"),
     ] = "learned"  # fmt: skip
     norm: Annotated[str, "normalisation (PB-Relax: see fp16.py)", ("layernorm", "rmsnorm", "pb_layernorm")] = "rmsnorm"
     mlp: Annotated[str, "feed-forward layer", ("gelu", "swiglu")] = "swiglu"
@@ -375,6 +376,7 @@ class Condition(nn.Module):
     Config = None  # the dataclass of its settings
     predicts_text = False  # whether a causal prior learns it, too
     reads_captions = False  # whether it has a `reader`
+    tokens = ()  # names of tokens that it adds to the embedding table; the prior sets `token_ids`, {name: id}
     window_plan = None  # see Prior; None: the model's
     length = memory_length = 0
 
@@ -439,12 +441,12 @@ class TextPrefix(Condition):
         return embed(batch["text"])
 
     def seen(self, batch):
-        return is_text(batch["text"], self.cfg) if self.cfg.pads == "hidden" else None
+        return seen_text(batch["text"], self.cfg)
 
 
-def is_text(text, cfg):
-    """Where ids (B, T) are no pads -> bool (B, T)."""
-    return text < cfg.n_vocab
+def seen_text(text, cfg):
+    """Which caption ids (B, T) are attended to: bool (B, T), False at pads, if those are hidden; else None: all."""
+    return text < cfg.n_vocab if cfg.pads == "hidden" else None
 
 
 def join_seen(found, lengths):
@@ -539,7 +541,8 @@ class Prior(nn.Module):
 class GPT(Prior):
     """Prefix and codes as one sequence, one embedding table, an output layer for each kind.
 
-    Token ids: text [0, n_vocab), pad of text position t: n_vocab + t, code c: n_vocab + T + c, then n_extra_tokens.
+    Token ids: text [0, n_vocab), pad of text position t: n_vocab + t, code c: n_vocab + T + c, then n_extra_tokens,
+    then those of the conditions.
     """
 
     n_extra_tokens = 0
@@ -555,22 +558,33 @@ class GPT(Prior):
         self.window_plan = next((c.window_plan for c in conditions if c.window_plan), type(self).window_plan)
         if cfg.pos == "learned":
             self.grid = GridPositions(cfg)
+        elif cfg.pos == "index":
+            self.index = nn.Parameter(torch.empty(self.layout.length, cfg.n_embd))
         else:
             for name, table in zip(("cos", "sin"), self.rotary()):
                 self.register_buffer(name, table, persistent=False)
-        self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes + self.n_extra_tokens, cfg.n_embd)
+        names = dict.fromkeys(name for c in conditions for name in c.tokens)
+        first = cfg.n_vocab + cfg.text_len + cfg.n_codes + self.n_extra_tokens
+        self.token_ids = {name: first + i for i, name in enumerate(names)}
+        for c in conditions:
+            c.token_ids = self.token_ids
+        self.embedding = nn.Embedding(first + len(names), cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, cross=self.memory_length > 0) for _ in range(cfg.n_layer))
         self.attention_masks = nn.ModuleDict({n: AttentionMask(n, self.layout) for n in sorted(set(self.masks))})
         self.prefix_ahead = any(mask.prefix_ahead for mask in self.attention_masks.values())
         self.codes_ahead = any(mask.codes_ahead for mask in self.attention_masks.values())
         self.norm = make_norm(cfg, cfg.n_embd)
+        self.make_heads(cfg)
+        self.compiled_trunk = None  # see compile_step
+        init_weights(self, cfg.n_layer)
+
+    def make_heads(self, cfg):
+        """An output layer for text, if it is predicted, and one for codes."""
         if self.predicts_text:
             self.text_head = Head(cfg, cfg.n_vocab)
         if cfg.n_codes:
             self.image_head = Head(cfg, cfg.n_codes)
-        self.compiled_trunk = None  # see compile_step
-        init_weights(self, cfg.n_layer)
 
     # --- one pass
 
@@ -578,8 +592,11 @@ class GPT(Prior):
         """Embeddings, positions or coordinates of prefix (..., P, D) and codes (..., N, D) in sequence order."""
         return torch.cat([prefix, codes], -2)
 
-    def positions(self):
-        """Learned positions of the whole sequence (L, D)."""
+    def positions(self, seen=None):
+        """Learned positions of the whole sequence (L, D); by index, where pads are hidden (seen (B, L)) and not
+        counted, of each sample's (B, L, D)."""
+        if self.cfg.pos == "index":
+            return self.index if seen is None else self.index[seen.cumsum(1) - 1]
         grid = self.grid()
         return self.arrange(torch.cat([c.learned_positions(grid) for c in self.conditions.values() if c.length]), grid)
 
@@ -619,9 +636,9 @@ class GPT(Prior):
         if context is None:
             context = Context() if cache is None else cache.context
         elif cache is not None:
-            cache.context = context._replace(memory=None)
-        if self.cfg.pos == "learned":
-            x = x + (self.positions() if cache is None else cache.positions)[at]
+            cache.keep(self, context)
+        if self.cfg.pos in ("learned", "index"):
+            x = x + (self.positions(context.seen) if cache is None else cache.positions)[..., at, :]
         else:
             rope = self.cos[at], self.sin[at]
         x = self.drop(x)
@@ -768,10 +785,15 @@ class Cache:
         shapes = (own, own, memory, memory) if m else (own, own)
         size = cfg.n_embd // cfg.n_head
         self.kv = [tuple(weight.new_zeros(batch, *shape, size) for shape in shapes) for _ in range(cfg.n_layer)]
-        self.positions, self.context = model.positions() if cfg.pos == "learned" else None, Context()
+        self.keep(model, Context())
         if weight.is_cuda:
             for tensor in (t for layer in self.kv for t in layer):
                 torch._dynamo.mark_static_address(tensor)  # a compiled step may write to it within a CUDA graph
+
+    def keep(self, model, context):
+        """Keep what a sequence is read with, but the memory, and its learned positions (L, D) or (B, L, D)."""
+        self.context = context._replace(memory=None)
+        self.positions = model.positions(context.seen) if model.cfg.pos in ("learned", "index") else None
 
     def spread(self, model, rows, length):
         """A longer cache whose row b starts as this one's row rows[b]."""
@@ -779,7 +801,7 @@ class Cache:
         for old_tensors, new_tensors in zip(self.kv, new.kv):
             for old, fresh in zip(old_tensors, new_tensors):
                 fresh[:, :, : old.shape[2]] = old[rows]
-        new.context = Context(*(None if x is None else x[rows] for x in self.context))
+        new.keep(model, Context(*(None if x is None else x[rows] for x in self.context)))
         return new
 
     def upto(self, length):
@@ -789,6 +811,21 @@ class Cache:
         part, n = copy(self), -(-length // 32) * 32  # measured: 1.2 times as fast as steps of 128 for 16 images
         part.kv = [(k[:, :, :n], v[:, :, :n], *memory) for k, v, *memory in self.kv]
         return part
+
+
+def grow_vocabulary(tensors, n_vocab, spelled):
+    """A prior's tensors for a longer text model: new ids follow the n_vocab old ones, pads and codes move up.
+
+    spelled: for each new id the old ids that spelled it; its embedding and output row start as the mean of theirs
+    (arXiv:2112.14569).
+    """
+    tensors = dict(tensors)
+    for name in ("embedding.weight", "text_head.weight"):
+        if spelled and name in tensors:
+            w = tensors[name]
+            new = torch.stack([w[ids].float().mean(0) for ids in spelled])  # (new ids, D)
+            tensors[name] = torch.cat([w[:n_vocab], new.to(w.dtype), w[n_vocab:]])
+    return tensors
 
 
 def resize_grid(tensors, model):
@@ -805,6 +842,9 @@ def resize_grid(tensors, model):
             line = fitted[name].squeeze(1 - axis).t()[None]  # (1, D, n)
             line = F.interpolate(line.float(), own[name].shape[axis], mode="linear", align_corners=False)
             fitted[name] = line[0].t().unsqueeze(1 - axis)
+    if "index" in fitted and "index" in own:  # a longer sequence: the rest keeps its initialisation
+        n = len(own["index"])
+        fitted["index"] = torch.cat([fitted["index"][:n], own["index"][len(fitted["index"]) :]])
     return fitted
 
 
@@ -819,6 +859,14 @@ def conditions_of(cfg):
 def views_of(cfg):
     """The views whose codes a prior's conditions read."""
     return [view for condition in conditions_of(cfg) if (view := condition.extra_codes(cfg))]
+
+
+def with_codes(cfg, vq, grid):
+    """A prior's config with what its tokenizer decides, for images of `grid` (h, w) codes."""
+    cfg = replace(cfg, n_codes=vq.cfg.n_codes, grid_h=grid[0], grid_w=grid[1])
+    for condition in conditions_of(cfg):
+        cfg = condition.fit(cfg, vq.cfg.stride)
+    return cfg
 
 
 def prior_config(settings):

@@ -8,7 +8,8 @@ from minit2i.gpt import CONDITIONS, Condition, prior_config
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, text_len=5, n_vocab=11, n_codes=7, grid_h=2, grid_w=3)
 GPT2 = dict(norm="layernorm", mlp="gelu", qk_norm=False)  # in float64 exact to 1e-12: RMSNorm computes in float32
-NEEDED = {"t5": dict(t5="nowhere", t5_width=12, t5_hash="0")}  # settings that a part cannot be built without
+COARSE = dict(coarse_vq="nowhere", coarse_hash="0", coarse_stride=8, coarse_n_codes=5, coarse_ratio=2)
+NEEDED = {"t5": dict(t5="nowhere", t5_width=12, t5_hash="0"), "coarse_codes": COARSE}  # what a part cannot do without
 EMPTY = torch.tensor([1, 12, 13, 14, 15])  # the empty caption: a begin token and pads
 
 # every condition; one that is another image's codes stands beside the text
@@ -44,7 +45,8 @@ def batch(model, b=3, seed=1):
     found = {"text": text, "codes": torch.randint(max(1, cfg.n_codes), (b, cfg.n_image), generator=g)}
     for c in conditions:
         if view := c.extra_codes(cfg):
-            found[view[0]] = torch.randint(cfg.n_codes, (b, c.length), generator=g)
+            n = cfg.n_image // view.ratio**2
+            found[view.key] = torch.randint(getattr(cfg, "coarse_n_codes", cfg.n_codes), (b, n), generator=g)
     return found
 
 
@@ -52,6 +54,4 @@ def empty_of(batch):
     """The empty caption for guidance: ids (T,) or states (T, W)."""
     if not batch["text"].is_floating_point():
         return EMPTY
-    states = torch.zeros_like(batch["text"][0])
-    states[0] = 1
-    return states
+    return torch.zeros_like(batch["text"][0])

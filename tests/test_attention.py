@@ -26,9 +26,17 @@ def qkv(length, dtype=torch.float64, grad=False):
     return [torch.randn(2, 2, length, 16, dtype=dtype, requires_grad=grad) for _ in range(3)]
 
 
-def reference(q, k, v, mask):
-    """Attention as its formula has it."""
+def reference(q, k, v, mask, seen=None):
+    """Attention as its formula has it; seen (B, M): keys of each sample that are not hidden."""
+    mask = mask if seen is None else mask & seen[:, None, None]
     return (q @ k.mT / 4).masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+
+def pads(length):
+    """Two samples, two and four of the first five positions hidden: -> seen (2, L)."""
+    seen = torch.ones(2, length, dtype=torch.bool)
+    seen[0, 3:5] = seen[1, 1:5] = False
+    return seen
 
 
 # --- the masks ---
@@ -47,6 +55,12 @@ def in_window(r, c, i, j, h, w):
     return any((r + dr) * w + c + dc == i * w + j for dr in range(-5, 6) for dc in range(-5, 6))
 
 
+def in_region(r, c, i, j, h, w):
+    """CogView's three regions but for the text: six blocks of codes, or a pivot."""
+    block = next(n for n in range(1, 999) if 32 * (n + 1) > h * w)
+    return (r * w + c) // block - (i * w + j) // block <= 5 or ((i * w + j) ** 2 * 40503 % 65536) * 16 < 3 * 65536
+
+
 LOOPS = {  # whether the code in row r, column c sees the earlier code in row i, column j of an h x w grid
     "causal": lambda r, c, i, j, h, w: True,
     "row": lambda r, c, i, j, h, w: i == r or (i == r - 1 and j >= c),
@@ -54,6 +68,7 @@ LOOPS = {  # whether the code in row r, column c sees the earlier code in row i,
     "conv": in_window,
     "window": lambda r, c, i, j, h, w: i in crop(r, h, 4) and j in crop(c, w, 4),
     "prefix": lambda r, c, i, j, h, w: True,
+    "three_region": in_region,
     "bidirectional": lambda r, c, i, j, h, w: True,
 }
 
@@ -84,6 +99,15 @@ def test_sizes_of_the_papers():
     assert attention.KERNEL == 11  # DALL-E app. B.1
     assert dense("window", Layout(0, 16, 16))[-1].sum() == attention.WINDOW**2  # the corner sees its whole crop
     assert dense("row", Layout(0, 16, 16))[-1].sum() == 17 and dense("column", Layout(0, 16, 16))[-1].sum() == 16
+
+
+def test_three_regions_are_as_large_as_in_the_release():
+    """CogView app. B: of 4,096 codes a window of six blocks of 128, and 768 pivots, here within a tenth."""
+    mask = dense("three_region", Layout(4, 64, 64))
+    last, codes = mask[-1, 4:], torch.arange(4096)
+    assert mask[:, :4].tril().equal(mask[:, :4]) and mask[4:, :4].all() and last[-768:].all()
+    assert abs(int(mask[-1, 4 : 4 + 3072].sum()) / (768 * 3072 / 4096) - 1) < 0.1
+    assert mask[4:, 4:].equal((codes <= codes[:, None]) & (last | (codes[:, None] // 128 - codes // 128 < 6)))
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -121,38 +145,54 @@ def test_masks_are_made_on_the_cpu_for_any_device():
 # --- ways to compute attention ---
 
 
+@pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("dtype", ATOL, ids=str)  # explicit products, a fused kernel
 @pytest.mark.parametrize("grid", [(3, 40), (9, 30)], ids=str)
 @pytest.mark.parametrize("name", MASKS)
-def test_every_way_equals_the_dense_mask(name, grid, dtype, monkeypatch):
-    """Forward and backward."""
+def test_every_way_equals_the_dense_mask(name, grid, dtype, hidden, monkeypatch):
+    """Forward and backward, also with pads that are hidden."""
     monkeypatch.setattr(attention, "WINDOW", 3)
     mask = AttentionMask(name, Layout(5, *grid))
-    inputs = qkv(mask.layout.length, dtype, grad=True)
-    expected = reference(*inputs, mask.dense)
+    inputs, seen = qkv(mask.layout.length, dtype, grad=True), pads(mask.layout.length) if hidden else None
+    expected = reference(*inputs, mask.dense, seen)
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad((expected * weight).sum(), inputs)
     for way in [attend] if mask.is_causal or mask.is_open else [attend, banded]:
-        y = way(*inputs, mask)
+        y = way(*inputs, mask, seen=seen)
         assert torch.allclose(y, expected, atol=ATOL[dtype])
         for a, b in zip(torch.autograd.grad((y * weight).sum(), inputs), grads):
             assert torch.allclose(a, b, atol=10 * ATOL[dtype])
 
 
-@pytest.mark.parametrize("name", ["row", "column"])  # as they stand, and reordered
-def test_flex_attention_equals_the_dense_mask(name, monkeypatch):
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("name", ["causal", "row", "column"])  # as they stand, and reordered
+def test_flex_attention_equals_the_dense_mask(name, hidden, monkeypatch):
     """Forward only and not compiled, as a CPU has it."""
     monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
     mask = AttentionMask(name, Layout(5, 7, 4))
-    inputs = qkv(mask.layout.length, torch.float32)
+    inputs, seen = qkv(mask.layout.length, torch.float32), pads(33) if hidden else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not compiled
-        assert torch.allclose(flex(*inputs, mask), reference(*inputs, mask.dense), atol=ATOL[torch.float32])
+        y = flex(*inputs, mask, seen=seen)
+    assert torch.allclose(y, reference(*inputs, mask.dense, seen), atol=ATOL[torch.float32])
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in MASKS if n not in ("causal", "bidirectional")]
-)  # those have a fused kernel
+@pytest.mark.slow
+def test_flex_attention_is_compiled_once_for_all_batches(monkeypatch):
+    """Which pads are hidden is data, no reason to compile again."""
+    graphs = []
+    monkeypatch.setattr(attention, "compiled_flex", lambda: compiled)
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False, backend=lambda graph, inputs: graphs.append(1) or graph)
+    mask = AttentionMask("row", Layout(5, 7, 4))
+    inputs, hidden = qkv(33, torch.float32), pads(33)
+    for seen in (hidden, hidden.flip(0), torch.ones_like(hidden)):
+        y = flex(*inputs, mask, seen=seen)
+        assert torch.allclose(y, reference(*inputs, mask.dense, seen), atol=ATOL[torch.float32])
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "bidirectional"])
 def test_block_masks_are_the_reordered_dense_mask(name):
     mask = AttentionMask(name, Layout(5, 9, 13))
     at = torch.arange(mask.layout.length)
@@ -167,22 +207,25 @@ def test_a_part_of_the_sequence_equals_the_dense_mask(name, alpha, monkeypatch):
     monkeypatch.setattr(attention, "WINDOW", 3)
     places = (5, 1), (16, 1), (28, 1), (7, 4), (20, 9), (0, 5)
     for p in (5, 130):  # a long prefix is read where it lies
-        check_part(AttentionMask(name, Layout(p, 6, 4)), [(start and start + p - 5, n) for start, n in places], alpha)
+        moved, mask = [(start and start + p - 5, n) for start, n in places], AttentionMask(name, Layout(p, 6, 4))
+        check_part(mask, moved, alpha)
+        check_part(mask, moved, alpha, pads(mask.layout.length))
 
 
-def check_part(mask, places, alpha):
+def check_part(mask, places, alpha, shown=None):
     q, k, v = qkv(mask.layout.length)
     for start, n in places:
         stop = start + n
         seen = mask.dense[start:stop, :stop]
-        expected = reference(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], seen)
+        hidden = None if shown is None else shown[:, :stop]
+        expected = reference(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], seen, hidden)
         keys, values = k[:, :, :stop].clone(), v[:, :, :stop].clone()
         if n == 1:
             keys[:, :, ~seen[0]] = values[:, :, ~seen[0]] = math.nan
-        y = attend(q[:, :, start:stop], keys, values, mask, start, alpha)
+        y = attend(q[:, :, start:stop], keys, values, mask, start, alpha, shown)
         assert torch.allclose(y, expected, atol=ATOL[torch.float64]), start
         if n == 1:  # compiled: the position is a tensor, the cache whole
-            y = attend(q[:, :, start:stop], k, v, mask, torch.tensor([start]), alpha)
+            y = attend(q[:, :, start:stop], k, v, mask, torch.tensor([start]), alpha, shown)
             assert torch.allclose(y, expected, atol=ATOL[torch.float64]), start
             assert mask.is_causal or mask.keys_of(start).equal(seen[0].nonzero().flatten())
 
@@ -192,8 +235,13 @@ def test_explicit_products_equal_the_fused_kernel(dtype):
     """Training on a CPU in half precision, over three blocks of 64 queries."""
     q, k, v = (x.to(dtype) for x in qkv(150))
     mask = (torch.rand(150, 150) < 0.5) | torch.eye(150, dtype=torch.bool)
-    for how in (dict(is_causal=True), dict(mask=mask), {}):
+    seen = pads(150)
+    lower = torch.ones(150, 150, dtype=torch.bool).tril()
+    hidden = dict(is_causal=True, seen=seen), dict(mask=lower, seen=seen), dict(seen=seen)
+    for how in (dict(is_causal=True), dict(mask=mask), {}, *hidden):
         args = dict(attn_mask=how.get("mask"), is_causal=how.get("is_causal", False))
+        if "seen" in how:
+            args = dict(attn_mask=seen[:, None, None] & (lower if len(how) == 2 else lower | True))
         expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **args)
         y = dense_attention(q.clone().requires_grad_(), k, v, **how)
         # bfloat16 has 8 bits: scores up to about 5 and values up to about 4 are rounded to 2^-9 of that
