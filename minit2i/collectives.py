@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 
 
 def rank_and_world():
@@ -19,11 +18,24 @@ def all_reduce_sum(x):
     return x
 
 
+class AllGather(torch.autograd.Function):
+    """Concatenate a tensor of every process; the gradient of a part is summed over all processes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(rank_and_world()[1])]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rank, world = rank_and_world()
+        return all_reduce_sum(gradient.clone()).chunk(world)[rank]
+
+
 def all_gather(x):
     """x (b, D) of every process -> (world*b, D) in rank order; gradients flow back to each process's own part."""
-    if rank_and_world()[1] == 1:
-        return x
-    return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()))
+    return x if rank_and_world()[1] == 1 else AllGather.apply(x.contiguous())
 
 
 def gather_objects(thing):

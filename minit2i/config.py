@@ -32,7 +32,7 @@ class Bounds:
         if math.isfinite(value) and value <= self.high and (self.low < value if self.open else self.low <= value):
             return
         if self.high < math.inf:
-            rule = f"in {'(' if self.open else '['}{self.low:g}, {self.high:g}]"
+            rule = f"in {'(' if self.open else '['}{self.low:.10g}, {self.high:.10g}]"
         else:
             rule = f"a number above {self.low:g}" if self.open else f"a number of at least {self.low:g}"
         raise ValueError(f"{name} {value} is not {rule}")

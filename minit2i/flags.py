@@ -2,12 +2,13 @@
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
-from minit2i.checkpoint import has_state, read_config
+from minit2i.checkpoint import check_free, first_save, has_state, read_config
 from minit2i.config import annotations, known, merge, pick
 
 COMMON = ("data", "vq", "out", "steps", "batch_size", "recipe", "resume")  # the flags that --help shows first
@@ -15,9 +16,11 @@ GROUPS = ("Common", "Run", "Data", "Model", "Loss", "Optimizer", "Scale", "Half 
 
 
 def new_parser(doc, **settings):
-    """An argparse parser whose --help shows a docstring unchanged."""
+    """An argparse parser whose --help shows a docstring unchanged; -1,1 is a value, as -1 is, and no flag."""
     style = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False, **settings)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False, **settings)
+    parser._negative_number_matcher = re.compile(r"-\d")
+    return parser
 
 
 def count(text):
@@ -85,6 +88,8 @@ def parse_flags(doc, configs, parts, recipes, sizes={}, argv=None):
         "model_size"
     )  # by hand: wins over --init's model
     values = recipe | size | saved | (size if asked else {}) | given
+    if not (resumed or helping) and given.get("init"):
+        say_conflicts(given, recipe, saved)
     chosen = [choose(config, values, parts) for config in configs]
     for name in given:
         if not any(name in annotations(config) for config in chosen):
@@ -108,7 +113,8 @@ def choose(config, values, parts):
     """The config dataclass with the settings of those parts that its fields choose."""
     found = []
     for f in fields(config):
-        for name in values.get(f.name, f.default).split(",") if f.name in parts else ():
+        names = values.get(f.name, f.default)
+        for name in names.split(",") if f.name in parts and (names or f.default) else ():  # a default may name none
             found.append(getattr(known(parts[f.name], f.name, name), "Config", None))
     return merge(config, *found)
 
@@ -129,12 +135,18 @@ def owner(name, parts):
 def check_folder(given):
     """Whether --out has a run to continue.  ValueError if it has one, or a model, that would be overwritten."""
     out, resume = given["out"], given.get("resume", False)
-    if has_state(out):
+    if has_state(out) or first_save(out).exists():
         if not resume:
             raise ValueError(f"{out} already holds a run; add --resume to continue it, or use another --out")
-        return True
-    if Path(out, "model.safetensors").exists() and not Path(out, "state").exists():
-        raise ValueError(f"{out} holds a model that cannot be resumed; use --init {out}, or another --out")
+        return has_state(out)
+    if any(os.path.realpath(out) == os.path.realpath(data) for data in given.get("data", "").split(",") if data):
+        raise ValueError(f"--out {out} is the folder of --data, whose images a run's would be mixed with; use another")
+    if Path(out, "model.safetensors").exists():
+        why = f"there is no {Path('state', 'resume.safetensors')} in it"
+        raise ValueError(f"{out} holds a model that cannot be resumed; use --init {out}, or another --out ({why})")
+    check_free(out)
+    if given.get("restart_schedule") and not resume:
+        raise ValueError("--restart_schedule needs --resume: a new run's schedule starts at its first step")
     return False
 
 
@@ -143,11 +155,21 @@ def read_saved(given, resumed, configs):
     folder = given["out"] if resumed else given.get("init")
     if not folder:
         return {}
-    saved = read_config(folder)
-    known = {f.name for config in configs for f in fields(config)}
+    flag, known = "--out" if resumed else "--init", {f.name for config in configs for f in fields(config)}
+    try:
+        saved = read_config(folder, ("kind", "model", "data", "train"))
+    except ValueError as e:
+        raise ValueError(f"{flag} {e}") from None
     if not set(saved["model"]) <= known:
-        raise ValueError(f"{folder} holds a run of the other stage, or of a newer version; use another folder")
+        raise ValueError(f"{flag} {folder} holds a run of the other stage, or of a newer version; use another folder")
     return saved["model"] | saved["data"] | saved["train"] if resumed else saved["model"]
+
+
+def say_conflicts(given, recipe, saved):
+    """Print which of a recipe's settings --init's model overrules."""
+    lost = [f"{as_flag(k, v)} ({saved[k]})" for k, v in recipe.items() if saved.get(k, v) != v and k not in given]
+    if lost and os.environ.get("RANK", "0") == "0":
+        print(f"the model of --init {given['init']} wins over --recipe {given['recipe']}'s {', '.join(lost)}")
 
 
 def check_resumed(given, saved, model):

@@ -72,10 +72,10 @@ def beside(panels):
 def read_log(path):
     """The records of a log.jsonl; a line that a killed process left incomplete is skipped."""
     records = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-    return records
+    return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
 
 
 def plot_log(path, keys):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 
-from minit2i.checkpoint import load_tensors, save_model, save_tensors
+from minit2i.checkpoint import first_save, has_state, load_tensors, misfit, save_model, save_tensors, write_file
 from minit2i.collectives import barrier, rank_and_world
 from minit2i.parallel import is_sharded, unshard
 
@@ -38,7 +38,8 @@ def save_run(folder, config, step, learners, ema, **meta):
     state, main = Path(folder, "state"), rank_and_world()[0] == 0
     weights = unshard(ema.state_dict(learners["model"].module))
     if main:
-        state.mkdir(parents=True, exist_ok=True)  # marks a run: if this first save is killed, the run starts again
+        if not has_state(folder):
+            write_file(first_save(folder), "")
         save_model(folder, weights, config | {"step": step})
     tensors = {f"ema.{k}": v for k, v in ema.weights.items()}
     for name, learner in learners.items():
@@ -48,6 +49,8 @@ def save_run(folder, config, step, learners, ema, **meta):
             tensors |= {f"{name}/optimizer.{names[w]}.{k}": v for k, v in moments.items()}
     meta |= dict(step=step, scalers={name: learner.scaler.state_dict() for name, learner in learners.items()})
     write_state(state, tensors, meta)
+    if main:
+        first_save(folder).unlink(missing_ok=True)
     barrier()
 
 
@@ -61,10 +64,12 @@ def load_state(folder, learners, ema):
     for name, learner in learners.items():
         if name not in meta["scalers"]:
             continue
+        weights = with_prefix(tensors, f"{name}/weights.")
         try:
-            learner.module.load_state_dict(with_prefix(tensors, f"{name}/weights."))
-        except RuntimeError as e:
-            raise ValueError(f"the run in {folder} does not fit these flags: {e}") from e
+            learner.module.load_state_dict(weights)
+        except RuntimeError:
+            why = misfit(folder, model, weights) if name == "model" else f"another {name}"
+            raise ValueError(f"the run in {folder} does not fit these flags: {why}") from None
         moments = with_prefix(tensors, f"{name}/optimizer.")
         for key, w in learner.module.named_parameters():
             if state := with_prefix(moments, f"{key}."):

@@ -11,7 +11,8 @@ python sample.py --model out/prior --prompt "a red dress" --best_of 16 --judge o
 python sample.py --model out/captioner --image photo.png
 
 Of --image the upper half is kept; with --image_size all of it, in the middle; with --inpaint_mask what the mask leaves
-black (a mask with transparency: what it leaves transparent); with --enlarge alone all of it, enlarged.
+black (a mask with transparency: what it leaves transparent); with --enlarge alone all of it, enlarged.  A prior with a
+spatial condition takes that from --image: its edges, or a low resolution of it.
 """
 
 import argparse
@@ -28,14 +29,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from minit2i.checkpoint import file_hash, read_config, write_file
+from minit2i.checkpoint import check_writable, file_hash, read_config, write_file
 from minit2i.config import pick
-from minit2i.data import EXTENSIONS, BadEntry, crop, open_rgb, parse_size, read_text_file
+from minit2i.data import crop, parse_size
 from minit2i.flags import add_flags, count, new_parser
 from minit2i.plot import grid_image, save_image, to_pil
-from minit2i.sample import SHIPPED, Pipeline, SampleConfig, as_codes_of, find_model, same_codes, sample_settings
-from minit2i.sample import score_codes
-from minit2i.train import pick_device, run
+from minit2i.sample import SHIPPED, NotFinite, Pipeline, SampleConfig, as_codes_of, check_prior, find_model, same_codes
+from minit2i.sample import sample_settings, score_codes
+from minit2i.sources import EXTENSIONS, BadEntry, open_rgb, read_text_file, text_lines
+from minit2i.train import out_of_memory, pick_device, run
 
 # --- flags ---------------------------------------------------------------------------------------------
 
@@ -48,7 +50,7 @@ def make_parser(settings, saved, add_help=True):
     add("--prompt", help="caption of the images; '' for none")
     add("--prompts", help="text file, one prompt per line; images that are there already are not sampled again")
     add("--out", default="sample.png", help="NAME.png for a grid, or a folder for single PNGs [sample.png]")
-    add("--image", help="image to complete, to enlarge, or (--model a captioner) to write captions of")
+    add("--image", help="image to complete, to enlarge, to take a condition from, or (--model a captioner) to caption")
     add("--inpaint_mask", help="image that is white where --image is painted anew")
     add("--image_size", help="pixels, N or HEIGHTxWIDTH: larger than the model's images, in a sliding window")
     add("--enlarge", action="append", default=[], help="super-resolution prior; repeat it to enlarge again")
@@ -67,8 +69,17 @@ def make_parser(settings, saved, add_help=True):
 def parse(argv=None):
     """argv -> (flags, SampleConfig): `class defaults | config.json's "sampling" | given`.  ValueError for conflicts."""
     first, _ = make_parser(SampleConfig, {}, add_help=False).parse_known_args(argv)
-    configs = [read_config(find_model(folder)) for folder in (first.model, *first.enlarge)]
-    settings, saved = sample_settings(*configs), configs[0].get("sampling", {})
+    named = [("--model", first.model), *(("--enlarge", folder) for folder in first.enlarge)]
+    named += [("--judge", first.judge)] if first.judge else []
+    configs = []
+    for flag, folder in named:
+        try:
+            configs.append(read_config(find_model(folder)))
+        except ValueError as e:
+            raise ValueError(f"{flag} {e}") from None
+        check_prior(configs[-1], flag, folder)
+    sampling = configs[: 1 + len(first.enlarge)]
+    settings, saved = sample_settings(*sampling), configs[0].get("sampling", {})
     args = make_parser(settings, saved).parse_args(argv)
     cfg = pick(settings, saved | vars(args))
     if args.prompt is None and args.prompts is None and args.image:  # a captioner's work
@@ -93,7 +104,7 @@ def parse(argv=None):
 
 def read_prompts(path):
     """The nonempty lines of a text file; ValueError if there are none."""
-    if prompts := [line.strip() for line in read_text_file(path).split("\n") if line.strip()]:
+    if prompts := text_lines(read_text_file(path)):
         return prompts
     raise ValueError(f"--prompts {path} has no prompts; write one per line")
 
@@ -109,15 +120,18 @@ def open_image(flag, path):
 def open_mask(path, image):
     """An inpainting mask for a PIL image -> PIL RGB image, white where to paint.
 
-    A pixel is painted if its alpha (if that varies) or else its gray exceeds the middle of the mask's range.
-    ValueError for another aspect ratio than the image's.
+    A pixel is painted if its alpha (if that varies) or else its gray exceeds the middle of the mask's range.  In a copy
+    of the image that was erased in parts it is the other way round: the transparent pixels are painted (as DALL-E 2's
+    edits are given).  ValueError for another aspect ratio than the image's.
     """
     open_image("--inpaint_mask", path)  # raises if it is not an image
     with Image.open(path) as im:
         im = ImageOps.exif_transpose(im)
         values = np.asarray(im if im.mode[0] in "IF" else im.convert("L"), float)  # "L" would clip 16 bits
         alpha = np.asarray(im.convert("RGBA"), float)[..., 3] if im.has_transparency_data else values
-    values = alpha if np.ptp(alpha) else values  # (H, W)
+        colors = np.asarray(im.convert("RGB").resize(image.size), float)
+    if np.ptp(alpha):
+        values = -alpha if is_erased(colors, alpha, image) else alpha  # (H, W)
     h, w = values.shape
     if abs(w * image.height - h * image.width) > max(h, w, image.height, image.width):  # a pixel of rounding passes
         raise ValueError(
@@ -128,6 +142,15 @@ def open_mask(path, image):
     return Image.fromarray(white.astype(np.uint8) * 255).convert("RGB")
 
 
+def is_erased(colors, alpha, image):
+    """Whether the opaque pixels of a mask (colors (H, W, 3) at the image's size) show the image, not one colour."""
+    opaque = np.asarray(Image.fromarray(alpha.astype(np.uint8)).resize(image.size)) == 255
+    shown, there = colors[opaque], np.asarray(image, float)[opaque]
+    return (
+        len(shown) and np.ptp(shown, 0).any() and abs(shown - there).mean() < 8
+    )  # measured: a JPEG's copy differs by 2
+
+
 def known_codes(pipeline, args):
     """--image, --inpaint_mask and --image_size -> given codes (1, h, w), -1 where to sample; None: sample all."""
     size = parse_size(args.image_size) if args.image_size else pipeline.size
@@ -136,7 +159,7 @@ def known_codes(pipeline, args):
         own = "x".join(map(str, pipeline.size))
         raise ValueError(f"--image_size {args.image_size} is smaller than the images of this prior, {own}; use more")
     known = torch.full((1, h, w), -1, device=pipeline.device)
-    if not args.image:
+    if not args.image or is_spatial(pipeline):
         return known if args.image_size else None
     image = open_image("--image", args.image)
     inside = size if args.inpaint_mask else pipeline.size
@@ -159,6 +182,21 @@ def known_codes(pipeline, args):
     return codes
 
 
+def is_spatial(pipeline):
+    """Whether the prior is conditioned on another view of the image, of the same size (papers/taming.py)."""
+    return pipeline.view is not None and pipeline.view.ratio == 1
+
+
+def spatial_codes(pipeline, args):
+    """--image -> codes (1, h, w) of the view of it that a spatial prior is conditioned on; None for other priors."""
+    if not is_spatial(pipeline) or not args.image:
+        return None
+    if args.inpaint_mask:
+        raise ValueError("--inpaint_mask paints in --image, which this prior is conditioned on; leave it out")
+    image = crop(open_image("--image", args.image), parse_size(args.image_size) if args.image_size else pipeline.size)
+    return pipeline.view_vq.encode(pipeline.view.f(image[None].to(pipeline.device)))
+
+
 # --- from prompts to images -----------------------------------------------------------------------------
 
 
@@ -169,7 +207,7 @@ def load(args):
     loaded = {f: Pipeline(f, device, vq=decoders.get(f, ""), compile=args.compile) for f in dict.fromkeys(folders)}
     for folder, smaller in zip(args.enlarge, folders):
         larger = loaded[folder]
-        if not larger.view:
+        if not larger.view or is_spatial(larger):
             raise ValueError(f"--enlarge {folder} does not enlarge images; train one with --condition text,coarse")
         if larger.view.vq and not same_codes(larger.view_vq, loaded[smaller].vq):
             raise ValueError(
@@ -215,6 +253,15 @@ def finish(prompt, codes, pipeline, larger, judge, cfg, args):
 # --- files ----------------------------------------------------------------------------------------------
 
 
+def is_sampled(path):
+    """Whether a file is a PNG of this script."""
+    try:
+        with Image.open(path) as im:
+            return "settings" in im.info
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
 class Output:
     """PNG files that say how they were made: one grid of all images, or a folder with a file for each.
 
@@ -222,15 +269,18 @@ class Output:
     """
 
     def __init__(self, args, cfg, model, n_prompts):
-        self.path, self.cfg, self.model, self.best_of, self.kept = Path(args.out), cfg, model, args.best_of, []
+        self.path, self.cfg, self.model, self.best_of, self.kept = Path(args.out), cfg, model, args.best_of, {}
         flags = ("image", "inpaint_mask", "image_size", "enlarge", "best_of", "every")
         used = {k: getattr(args, k) for k in flags if getattr(args, k)}
         hashes = {f"{k}_hash": file_hash(v) for k, v in used.items() if k in ("image", "inpaint_mask")}
         self.settings, self.single = asdict(cfg) | used | hashes, self.path.suffix.lower() == ".png"
         if self.path.suffix.lower() in EXTENSIONS and not self.single:
             raise ValueError(f"--out {args.out}: images are written as PNG; use NAME.png, or a folder")
+        if self.single and self.path.is_file() and not is_sampled(self.path):
+            raise ValueError(f"--out {args.out} is an image that was not sampled here; use another name")
         if self.single and (n_prompts * cfg.n > 1024 or n_prompts > 1 and args.every):
             raise ValueError(f"the images of {n_prompts} prompts do not fit in one PNG; name a folder with --out")
+        check_writable(self.path if self.single else self.path / "00000.png")
 
     def file(self, k, prompt, end):
         name = re.sub(r"[^\w]+", "-", prompt)[:40].strip("-") or "image"  # 40 letters are at most 160 bytes
@@ -260,7 +310,7 @@ class Output:
             growing = self.path.with_name(f"{self.path.stem}-growing.png")
             write_file(growing if self.single else self.file(k, prompt, "growing"), data.getvalue())
         if self.single:
-            self.kept.append((prompt, images.cpu(), scores))
+            self.kept[k] = prompt, images.cpu(), scores
             return
         for i, image in enumerate(images):
             score = {"score": f"{scores[i]:.5f}"} if scores else {}
@@ -269,11 +319,32 @@ class Output:
     def close(self):
         """Write the grid, if --out names one."""
         if self.kept:
-            prompts, images, scores = zip(*self.kept)
+            prompts, images, scores = zip(*(self.kept[k] for k in sorted(self.kept)))
             columns = self.cfg.n if len(images) > 1 else min(self.cfg.n, max(4, round(self.cfg.n**0.5)))
             chunks = dict(prompt="\n".join(prompts), model=self.model, settings=json.dumps(self.settings))
             chunks |= {"score": json.dumps(scores)} if scores[0] else {}
             save_image(self.path, grid_image(torch.cat(images), columns), **chunks)
+
+
+def make_all(groups, make, batch):
+    """make(group) for each group of [(k, prompt)] -> [(prompt, why)] of those that fail.
+
+    One prompt whose logits are NaN, or too little memory for a group, does not lose the others: the group is halved.
+    """
+    failed = []
+    while groups:
+        group, *groups = groups
+        try:
+            make(group)
+        except (NotFinite, MemoryError, RuntimeError) as e:
+            if not (isinstance(e, NotFinite) or out_of_memory(e)):
+                raise
+            if len(group) > 1:
+                groups = [group[: len(group) // 2], group[len(group) // 2 :], *groups]
+                continue
+            memory = f"not enough memory for --batch {batch}; use a smaller one ({e})"
+            failed.append((group[0][1], str(e) if isinstance(e, NotFinite) else memory))
+    return failed
 
 
 def main(argv=None):
@@ -282,7 +353,7 @@ def main(argv=None):
     if args.prompt is None and args.prompts is None:
         image = crop(open_image("--image", args.image), pipeline.size)
         return print("\n".join(pipeline.captions(image[None], cfg)[0]))
-    known = known_codes(pipeline, args)
+    known, condition = known_codes(pipeline, args), spatial_codes(pipeline, args)
     if args.best_of:  # a judge that cannot score these images says so before they are sampled
         grid = pipeline.grid if known is None else known.shape[1:]
         score_codes(pipeline, judge, "", torch.zeros(1, *grid, dtype=torch.long, device=pipeline.device))
@@ -295,19 +366,24 @@ def main(argv=None):
     size = 1 if args.every else max(1, args.batch // sampled.n)
     style = "{l_bar}{bar}| {n:.1f}/{total_fmt} images [{elapsed}<{remaining}]"
     with tqdm(total=len(todo) * sampled.n, bar_format=style) as bar:
-        for some in (todo[first : first + size] for first in range(0, len(todo), size)):
+
+        def make(some):
             growth = Growth(bar, args.every)
-            try:
-                for (k, prompt), codes in zip(some, pipeline.sample_prompts(some, sampled, known, args.batch, growth)):
-                    own = replace(cfg, seed=cfg.seed + k * sampled.n)
-                    images, scores = finish(prompt, codes, pipeline, larger, judge, own, args)
-                    grids = [grid_image(pipeline.decode(f.to(pipeline.device)), len(f)) for f in growth.frames]
-                    out.add(k, prompt, images, scores, grids)
-            except torch.OutOfMemoryError as e:
-                raise ValueError(f"not enough memory for --batch {args.batch}; use a smaller one ({e})") from e
+            found = pipeline.sample_prompts(some, sampled, known, args.batch, growth, condition)
+            for (k, prompt), codes in zip(some, found):
+                own = replace(cfg, seed=cfg.seed + k * sampled.n)
+                images, scores = finish(prompt, codes, pipeline, larger, judge, own, args)
+                grids = [grid_image(pipeline.decode(f.to(pipeline.device)), len(f)) for f in growth.frames]
+                out.add(k, prompt, images, scores, grids)
             bar.n = growth.start + len(some) * sampled.n
             bar.refresh()
+
+        failed = make_all([todo[first : first + size] for first in range(0, len(todo), size)], make, args.batch)
     out.close()
+    if failed:
+        why = failed[0][1] if len(prompts) == 1 else "; ".join(f"{prompt!r}: {why}" for prompt, why in failed[:3])
+        rest = f"{len(failed)} of {len(prompts)} prompts failed, the others are in {out.path}: "
+        raise ValueError((rest if len(prompts) > 1 else "") + why)
     cut = f"; {pipeline.text.n_cut} prompts were too long and were cut" if pipeline.text.n_cut else ""
     print(f"{out.path}: {cfg.n} x {len(prompts)} images{cut}")
 

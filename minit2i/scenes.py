@@ -348,6 +348,8 @@ def main():
         parser.error("--data scenes means scenes that are generated while training; name the folder otherwise")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        parser.error(f"{out} is not empty; name a new folder")
     for i in range(args.n):
         scene = scene_at(args.seed, i)
         render(scene, args.image_size).save(out / f"{i:05d}.png")

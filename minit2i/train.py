@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from minit2i.checkpoint import write_file
+from minit2i.checkpoint import read_config, saved_step, write_file
 from minit2i.collectives import all_reduce_sum
-from minit2i.config import Settings, Group, at_least, between
+from minit2i.config import RARE, Group, Settings, at_least, between
 from minit2i.plot import plot_log, read_log, save_image
 
 EVAL_SIZE = 256  # validation images of an evaluation
+MAX_SEED = 2**31 - 1  # seed_step's product stays below 2**63
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,9 +36,10 @@ class TrainConfig(Settings):
     out: Annotated[str, "folder of this run"]
     recipe: Annotated[str, "a paper's settings as defaults; see below"] = ""
     resume: Annotated[bool, "continue the run in --out, or start it if there is none yet"] = False
+    restart_schedule: Annotated[bool, "with --resume: warm-up and cosine start anew", Group("Run"), RARE] = False
     init: Annotated[str, "start from the model in this checkpoint folder (finetuning)", Group("Run")] = ""
     device: Annotated[str, "auto, cpu, cuda or mps", Group("Run")] = "auto"
-    seed: Annotated[int, "seed of everything random", Group("Run"), at_least(0)] = 0
+    seed: Annotated[int, "seed of everything random", Group("Run"), between(0, MAX_SEED)] = 0
     log_every: Annotated[int, "steps between lines of log.jsonl", Group("Run"), at_least(1)] = 10
     eval_every: Annotated[int, "steps between evaluations, each with a checkpoint", Group("Run"), at_least(1)] = 500
     dry_run: Annotated[bool, "print the resolved settings and the model's size, and stop", Group("Run")] = False
@@ -47,13 +49,14 @@ class TrainConfig(Settings):
     min_lr: Annotated[float, "final learning rate of the cosine, as a fraction of the peak", at_least(0)] = 0.05
     warmup: Annotated[int, "steps of linear warm-up", at_least(0)] = 200
     weight_decay: Annotated[float, "decoupled weight decay of matrices and convolutions", at_least(0)] = 0.01
-    beta1: Annotated[float, "AdamW's decay of the first moment", between(0, 1)] = 0.9
-    beta2: Annotated[float, "AdamW's decay of the second moment", between(0, 1)] = 0.95
+    beta1: Annotated[float, "AdamW's decay of the first moment", between(0, 0.999999)] = 0.9
+    beta2: Annotated[float, "AdamW's decay of the second moment", between(0, 0.999999)] = 0.95
     clip: Annotated[float, "largest gradient norm; 0: no clipping", at_least(0)] = 1.0
     ema: Annotated[float, "decay of the averaged weights, which are what is saved; 0: none", between(0, 1)] = 0.0
     accum: Annotated[int, "micro-batches per step and process", Group("Scale"), at_least(1)] = 1
     compile: Annotated[bool, "torch.compile the model", Group("Scale")] = False
     precision: Annotated[str, "auto: the fastest native one", Group("Half precision"), ("auto", *DTYPES)] = "auto"
+    schedule_start: int = 0  # the step at which warm-up and cosine began, see --restart_schedule
 
 
 # --- processes and devices -----------------------------------------------------------------------------
@@ -174,11 +177,39 @@ def steps(cfg, procs, start):
 
 
 def lr_at(step, cfg):
-    """Linear warm-up, then half a cosine down to min_lr * lr at cfg.steps."""
+    """Linear warm-up from cfg.schedule_start, then half a cosine down to min_lr * lr at cfg.steps."""
+    step, steps = step - cfg.schedule_start, cfg.steps - cfg.schedule_start
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
-    t = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    t = min(1.0, (step - cfg.warmup) / max(1, steps - cfg.warmup))
     return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * t)))
+
+
+def resumed_schedule(cfg, procs):
+    """A resumed run's cfg with --restart_schedule applied: as schedule_start, which config.json keeps from now on.
+
+    Says how the learning rate changes, by that or by another --steps, --lr or --warmup.
+    """
+    if not cfg.resume:
+        return cfg
+    config, step = read_config(cfg.out), saved_step(cfg.out)
+    before = replace(cfg, **{k: config["train"].get(k, getattr(cfg, k)) for k in ("lr", "min_lr", "warmup", "steps")})
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun's own restart of the same command
+    if cfg.restart_schedule and not again:
+        cfg = replace(cfg, schedule_start=step)
+        config["train"] |= {"schedule_start": step}
+        if procs.main:
+            write_file(Path(cfg.out, "config.json"), json.dumps(config, indent=1) + "\n")
+    was, now = lr_at(step, before), lr_at(step, cfg)
+    if cfg.steps < step:
+        procs.say(f"{cfg.out} is at step {step} already: --steps {cfg.steps} leaves nothing to do")
+    elif not math.isclose(was, now):
+        procs.say(
+            f"the learning rate goes on at {now:.3g}, not at {was:.3g}: warm-up and cosine take steps "
+            f"{cfg.schedule_start} to {cfg.steps}, before {before.schedule_start} to {before.steps}"
+            + ("" if cfg.schedule_start == step else "; --restart_schedule would start them here")
+        )
+    return replace(cfg, restart_schedule=False)
 
 
 def n_params(model):
@@ -274,13 +305,22 @@ def optimizer_step(model, optimizer, scaler, cfg, step):
 
 
 def check_finite(model, procs, step, values={}):
-    """ValueError, in all processes, if a weight or one of an evaluation's values is NaN or Inf."""
-    weights = (w.to_local() if hasattr(w, "to_local") else w for w in model.parameters())
+    """ValueError, in all processes, if a weight (or codebook) or one of an evaluation's values is NaN or Inf."""
+    weights = (w.to_local() if hasattr(w, "to_local") else w for w in model.state_dict().values())
     if procs.sum([not (all(map(math.isfinite, values.values())) and all(w.isfinite().all() for w in weights))])[0]:
         raise ValueError(
             f"the training has diverged before step {step}: weights or losses are NaN or Inf; the last checkpoint "
-            "stays, so --resume with a lower --lr or --clip, or in another --precision"
+            "stays, if there is one: --resume with a lower --lr or --clip, or in another --precision"
         )
+
+
+def check_loss(loss, model, procs, step):
+    """ValueError if a logged loss (of all processes) is NaN or Inf, and weights too.
+
+    In float16 a loss alone may be: its scaler then skips the step.
+    """
+    if not math.isfinite(loss):
+        check_finite(model, procs, step)
 
 
 # --- log -----------------------------------------------------------------------------------------------
@@ -333,15 +373,22 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def out_of_memory(error):
+    """Whether an exception says that a GPU's or the computer's memory is full."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def run(main):
     """Run a script's main; user errors print one line, no traceback."""
     keep_memory()
     torch.set_flush_denormal(True)  # measured: 0.5 for 0.9 s a step of gumbel at a low temperature, the same loss
     try:
         main()
-    except (ValueError, OSError) as e:
-        if os.environ.get("MINIT2I_TRACEBACK"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        if os.environ.get("MINIT2I_TRACEBACK") or isinstance(e, RuntimeError) and not out_of_memory(e):
             raise
+        if out_of_memory(e):
+            e = f"not enough memory ({str(e).splitlines()[0]}); use a smaller batch, image or model"
         sys.exit(f"error: {e}")
     finally:
         if dist.is_available() and dist.is_initialized():

@@ -1,7 +1,9 @@
-"""train_vq.py: decoders and upsamplers trained afterwards, on codes that stay; what a run leaves."""
+"""Finetuning: decoders and upsamplers trained afterwards, on codes that stay; a prior's new words and new schedule."""
 
+import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,12 @@ from PIL import Image
 from processes import call
 from safetensors.torch import load_file
 
+import train_prior
 import train_vq
 from minit2i.checkpoint import load_vq, read_config, save_model
 from minit2i.plot import read_log
 from minit2i.sample import Pipeline
+from minit2i.tokens import Text
 
 QUICK = "--steps 3 --lr 1e-2 --batch_size 8 --workers 0 --log_every 1 --device cpu --precision fp32"
 
@@ -38,7 +42,8 @@ def test_a_new_decoder_keeps_every_code_to_the_bit(vq_run, images, tmp_path):
     old, new = before.state_dict(), after.state_dict()
     stays = [k for k in old if k.startswith(("encoder", "quantizer"))]
     assert all(new[k].equal(old[k]) for k in stays) and len(stays) > 5
-    assert asdict(after.cfg) == asdict(before.cfg) | dict(decoder="movq", decoder_ch=16, decoder_n_res=2)
+    changed = dict(decoder="movq", decoder_ch=16, decoder_n_res=2)
+    assert asdict(after.cfg).items() >= (asdict(before.cfg) | changed).items()
     assert sum(w.numel() for w in after.decoder.parameters()) > 2 * sum(w.numel() for w in before.decoder.parameters())
 
 
@@ -74,7 +79,7 @@ def test_a_prior_decodes_with_a_decoder_and_an_upsampler_trained_later(vq_run, p
         ("--init VQ --train upsampler", "use --init X --train upsampler --upsampler wdsr"),
         ("--init VQ --train upsampler --upsampler wdsr --recon logit_laplace", "needs l1 or l2 instead"),
         ("--upsampler wdsr", "use --init X --train upsampler --upsampler wdsr"),
-        ("--init nowhere --train decoder", "nowhere is not a checkpoint folder"),
+        ("--init nowhere --train decoder", "--init nowhere is not a checkpoint folder"),
     ],
 )
 def test_impossible_finetuning_is_refused(flags, message, vq_run, images, tmp_path):
@@ -119,3 +124,111 @@ def test_dry_run_prints_settings_and_size_and_leaves_nothing(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "--quantizer gumbel" in text and "1.55 M parameters, 8x8 codes per image" in text
     assert not (tmp_path / "x").exists()
+
+
+# --- new words ---
+
+OLD = ["three green triangles above a red square", "a blue star", "a large red circle"]
+NEW = ["the dragon, an \u2606emoji\u2606", "THE DRAGON", "\u2606 emoji dragons", "the dragon"]
+
+
+def test_a_grown_text_model_keeps_all_other_ids():
+    """Words of several pieces and characters that occur twice get ids; 'three' keeps its own beside a new 'the'."""
+    proto = Text.train(OLD * 3, 290)
+    old, grown = Text(proto, 48), Text(Text.grow(proto, NEW, 400), 48)
+    added = [grown.sp.id_to_piece(i) for i in range(old.n_vocab, grown.n_vocab)]
+    assert {"\u2581dragon", "\u2581the", "\u2606", "j"} <= {*added}
+    assert "\u2581dragons" not in added, "it occurs once"
+    assert [old.sp.id_to_piece(i) for i in range(old.n_vocab)] == [grown.sp.id_to_piece(i) for i in range(old.n_vocab)]
+    for caption in [*OLD, "there three dragonflies", ""]:
+        assert grown.pieces(caption) == old.pieces(caption) and grown.decode(grown.encode(caption)) == caption
+    the, dragon = (grown.sp.piece_to_id(f"\u2581{word}") for word in ("the", "dragon"))
+    assert grown.pieces("The  DRAGON") == [the, dragon]
+    assert grown.pieces("a dragon, red")[1] == dragon and grown.decode(grown.encode("a dragon, red")) == "a dragon, red"
+    drawn = [grown.pieces("the dragon", 0.5, np.random.default_rng(seed)) for seed in range(40)]
+    whole = sum(ids == [the, dragon] for ids in drawn)
+    assert 0 < whole < 40 and {grown.sp.decode(ids) for ids in drawn} == {"the dragon"}, "dropout skips new words, too"
+    again = Text(Text.grow(grown.proto, ["a unicorn"] * 2, 400), 24)
+    assert again.added == grown.added | {"\u2581unicorn": again.sp.piece_to_id("\u2581unicorn")}
+    assert Text(Text.grow(proto, NEW, old.n_vocab + 1), 24).n_vocab == old.n_vocab + 1
+    with pytest.raises(ValueError, match="has .* tokens already; use a larger --vocab_size"):
+        Text.grow(proto, NEW, old.n_vocab)
+
+
+def test_a_prior_learns_new_words_and_keeps_old_captions_logits(prior_run, vq_run, images, tmp_path):
+    """Every logit of an old caption and its codes is the same to the bit; the new ids have logits of their own."""
+    shutil.copytree(images, tmp_path / "images")
+    for path in (tmp_path / "images").glob("*.txt"):
+        path.write_text("the dragon of " + path.read_text())
+    flags = f"{QUICK} --warmup 0 --lr 1e-30 --weight_decay 0 --vq {vq_run} --cache {tmp_path / 'cache'}"
+    flags += f" --data {tmp_path / 'images'} --init {prior_run} --out {tmp_path / 'grown'}"
+    with pytest.raises(ValueError, match="--vocab_size 360: the text model is that of --init .*; leave it out, or add"):
+        call(train_prior, f"{flags} --vocab_size 360")
+    call(train_prior, f"{flags} --vocab_size 360 --grow_vocab")
+    call(train_prior, f"--resume --out {tmp_path / 'grown'} --steps 4")
+    before, after = Pipeline(prior_run), Pipeline(tmp_path / "grown")
+    n, n_new = before.text.n_vocab, after.text.n_vocab - before.text.n_vocab
+    dragon = after.text.sp.piece_to_id("\u2581dragon")
+    assert n_new > 0 and dragon in after.text.pieces("the dragon")
+    for name in ("embedding.weight", "text_head.weight"):  # a new word starts as the mean of its pieces
+        old, new = (p.model.state_dict()[name] for p in (before, after))
+        assert torch.allclose(new[dragon], old[before.text.pieces("dragon")].mean(0), atol=1e-6)
+    codes = torch.randint(32, (1, 16), generator=torch.Generator().manual_seed(0))
+    for caption in ("zigzag ponies", "my 7 owls", ""):
+        old, new = (p.model.logits({"text": p.encode_prompts([caption]), "codes": codes}) for p in (before, after))
+        assert new[0][..., :n].equal(old[0]) and new[1].equal(old[1]) and new[0].shape[-1] == n + n_new
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--grow_vocab", "--grow_vocab extends the text model of another run: it needs --init"),
+        ("--grow_vocab --init PRIOR --vocab_size 300", "tokens already; use a larger --vocab_size"),
+        (
+            "--init PRIOR --n_layer 3",
+            "n_layer is 3, there 2; .* of .* tensors differ: blocks.2.attn.* is .*, there missing$",
+        ),
+        ("--init VQ", "--init .* holds a run of the other stage"),
+    ],
+)
+def test_what_a_prior_cannot_start_from_is_said_in_one_line(flags, message, prior_run, vq_run, images, tmp_path):
+    flags = flags.replace("PRIOR", str(prior_run)).replace("VQ", str(vq_run))
+    with pytest.raises(ValueError, match=message) as e:
+        call(train_prior, f"{QUICK} --data {images} --vq {vq_run} --cache {tmp_path} --out {tmp_path / 'x'} {flags}")
+    assert len(str(e.value)) < 500 and "\n" not in str(e.value)
+
+
+# --- a new schedule ---
+
+
+@pytest.mark.parametrize("which", ["vq", "prior"])
+def test_a_schedule_starts_anew_and_goes_on_after_a_second_resume(
+    which, vq_run, prior_run, tmp_path, capsys, monkeypatch
+):
+    script, folder = {"vq": (train_vq, vq_run), "prior": (train_prior, prior_run)}[which]
+    out, flags = shutil.copytree(folder, tmp_path / "run"), "--resume --eval_every 99 --warmup 2"
+
+    def rates():
+        return [r["lr"] for r in read_log(out / "log.jsonl") if "loss" in r][8:]
+
+    call(script, f"{flags} --out {shutil.copytree(folder, tmp_path / 'stretched')} --steps 9")
+    assert "; --restart_schedule would start them here" in capsys.readouterr().out
+    call(script, f"{flags} --out {out} --steps 14 --restart_schedule")
+    lr = read_config(out)["train"]["lr"]
+    assert (
+        f"goes on at {lr / 2:.3g}, not at {lr / 20:.3g}: warm-up and cosine take steps 8 to 14"
+        in capsys.readouterr().out
+    )
+    restarted = rates()
+    assert restarted[:2] == [lr / 2, lr] and restarted == sorted(restarted[:2]) + sorted(restarted[2:], reverse=True)
+    saved = read_config(out)["train"]
+    assert saved["schedule_start"] == 8 and saved["restart_schedule"] is False
+    (out / "state" / "resume.safetensors").write_bytes((folder / "state" / "resume.safetensors").read_bytes())
+    call(script, f"--resume --out {out}")  # as if it had been killed before its first save
+    assert rates() == restarted and "the learning rate goes on" not in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun repeats a command whose workers died
+    call(script, f"{flags} --out {out} --steps 14 --restart_schedule")
+    assert read_config(out)["train"]["schedule_start"] == 8
+    capsys.readouterr()
+    call(script, f"--resume --out {out} --steps 3")
+    assert "is at step 14 already: --steps 3 leaves nothing to do" in capsys.readouterr().out

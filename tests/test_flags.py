@@ -67,7 +67,7 @@ def save(folder, flags, state=True):
     return folder
 
 
-def test_later_settings_win(tmp_path):
+def test_later_settings_win(tmp_path, capsys):
     """defaults | recipe | size | saved | given."""
     model, data, train = parse("--out x")
     assert (model.width, model.kind, train.lr, data.workers) == (8, "plain", TrainConfig.lr, 2)
@@ -78,7 +78,13 @@ def test_later_settings_win(tmp_path):
     small = save(tmp_path / "small", "--width 12 --kind soft --tau 2 --lr 0.3", state=False)
     model, _, train = parse(f"--out x --init {small} --recipe other --tau 4")
     assert (model.width, model.tau, model.n_codes, train.lr) == (12, 4.0, 5, TrainConfig.lr)
+    assert capsys.readouterr().out == f"the model of --init {small} wins over --recipe other's --width 24 (12)\n"
     assert parse(f"--out x --init {small} --model_size big")[0].width == 64, "a size given by hand is not dropped"
+    (
+        parse(f"--out x --init {small} --recipe other --width 12"),
+        parse(f"--out x --init {small} --recipe paper --width 1"),
+    )
+    assert capsys.readouterr().out == "", "nothing is overruled"
 
 
 def test_a_resumed_run_needs_no_flag_retyped(tmp_path):
@@ -107,8 +113,20 @@ def test_a_run_or_a_model_is_never_overwritten(tmp_path):
     for resume in ("", "--resume"):
         with pytest.raises(ValueError, match="holds a model that cannot be resumed; use --init .*, or another --out"):
             parse(f"--out {model} {resume}")
-    (model / "state").mkdir()  # a run that was killed during its first save starts again
+    (model / "state").mkdir()  # emptied, to save space
+    with pytest.raises(ValueError, match="there is no state/resume.safetensors in it"):
+        parse(f"--out {model} --resume")
+    (model / "state" / "first_save").touch()  # a run that was killed during its first save starts again
     assert not parse(f"--out {model} --resume")[2].resume
+    with pytest.raises(ValueError, match="already holds a run"):
+        parse(f"--out {model}")
+    for name in ("config.json", "pytorch_model.bin", "diffusion_pytorch_model.safetensors"):  # of other programs
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        with pytest.raises(ValueError, match=f"holds a model already \\({name}\\); use another folder"):
+            parse(f"--out {tmp_path / name} --resume")
+    with pytest.raises(ValueError, match="is the folder of --data, whose images"):
+        parse(f"--out {tmp_path / 'images'} --data x,{tmp_path}/./images")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"model": {"n_head": 3}}))
     for flags in (f"--out {run} --resume", f"--out x --init {run}"):
@@ -138,6 +156,9 @@ def test_parts_bring_their_settings():
         ("--clip -1", "clip -1.0 is not a number of at least 0"),  # a negative norm would turn the gradient round
         ("--ema 2", "ema 2.0 is not in [0, 1]"),
         ("--lr nan", "lr nan is not a number of at least 0"),
+        ("--beta2 1", "beta2 1.0 is not in [0, 0.999999]"),
+        ("--seed 2147483648", "seed 2147483648 is not in [0, 2147483647]"),
+        ("--restart_schedule", "--restart_schedule needs --resume"),
         ("--batch_size 7 --accum 2", "batch_size 7 does not divide into 2 micro-batches (processes x accum); use 8"),
     ],
 )
@@ -170,7 +191,8 @@ def test_help_shows_the_flags_of_the_chosen_parts(capsys):
     text = shown("--help", capsys)
     for config in (ModelConfig, DataConfig, Training):
         for name, field in annotations(config).items():
-            assert f"--{name}" in text and field.help.split()[0] in text
+            assert (f"--{name} " in text and field.help.split()[0] in text) != field.rare
+    assert "--restart_schedule" in shown("--help all", capsys)
     assert (
         "--tau" not in text and "--n_codes" not in text and "the kind of model: plain, soft" in " ".join(text.split())
     )

@@ -28,6 +28,18 @@ def test_unknown_results_are_refused():
         results.read_results("nothing")
 
 
+def test_the_command_prints_some_and_has_help(monkeypatch, capsys):
+    for argv, code in ((["x", "--help"], 0), (["x", "--nothing"], 2)):
+        monkeypatch.setattr("sys.argv", argv)
+        with pytest.raises(SystemExit) as end:
+            results.main()
+        assert (end.value.code or 0) == code
+    assert "NAME" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["x", "muon"])
+    results.main()
+    assert capsys.readouterr().out.startswith("## muon")
+
+
 @pytest.mark.skipif(not README.exists(), reason="no README yet")
 def test_the_readmes_tables_are_the_data():
     text = README.read_text()

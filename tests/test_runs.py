@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_prior
 import train_vq
-from minit2i import tokens, train
+from minit2i import resume, tokens, train
 from minit2i.checkpoint import load_tensors, read_config
 from minit2i.export import export
 from minit2i.plot import read_log
@@ -295,7 +295,8 @@ def test_a_training_that_diverges_ends_and_keeps_the_last_checkpoint(which, runs
     out = shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(ValueError, match="the training has diverged before step 11"):
         call(
-            script, f"--resume --out {out} --lr 1e38 --weight_decay 1e38 --warmup 0 --clip 0 --steps 12 --eval_every 11"
+            script,
+            f"--resume --out {out} --lr 1e38 --weight_decay 1e38 --warmup 0 --clip 0 --steps 12 --eval_every 11 --log_every 99",
         )
     assert equal(out / "model.safetensors", whole / "model.safetensors")
 
@@ -308,9 +309,61 @@ def test_a_stopped_run_that_has_diverged_keeps_the_last_checkpoint(which, runs, 
     with pytest.raises(ValueError, match="the training has diverged before step 11"):
         call(
             script,
-            f"--resume --out {out} --lr 1e38 --weight_decay 1e38 --warmup 0 --clip 0 --steps 12 --eval_every 100",
+            f"--resume --out {out} --lr 1e38 --weight_decay 1e38 --warmup 0 --clip 0 --steps 12 --eval_every 100 --log_every 99",
         )
     assert equal(out / "model.safetensors", whole / "model.safetensors")
+
+
+WILD = "--lr 1e38 --weight_decay 1e38 --warmup 0 --clip 0 --steps 4"
+
+
+@pytest.mark.parametrize("log_every", [1, 99])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--quantizer st",
+        "--quantizer st --l2_norm",
+        "--quantizer fixed --free_steps 2",
+        "--quantizer gumbel --n_codes 32",
+        "--quantizer fsq --n_codes 40",
+        "--recon logit_laplace",
+        "--discriminator patch --gan_start 1 --gan_lr 1e38",
+    ],
+)
+def test_every_tokenizer_that_diverges_says_so_before_its_first_save(flags, log_every, images, tmp_path):
+    """NaN reaches a codebook, a k-means and the codes of fsq, which are no codes; none of them is saved."""
+    flags = f"--data {images} {VQ_FLAGS} --out {tmp_path / 'run'} {flags} {WILD} --log_every {log_every}"
+    with pytest.raises(ValueError, match="diverged before step [1-4]: .*; the last checkpoint stays, if there is one"):
+        call(train_vq, flags)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", ["model masked", "model captioner", "model towers", "model llama", "condition encoder"]
+)
+def test_every_prior_that_diverges_says_so(kind, runs, tmp_path):
+    script, flags, _ = runs["prior"]
+    for name in ("--mask dalle", "--block_scale", "--fp32_logits"):
+        flags = flags.replace(name, "")
+    with pytest.raises(ValueError, match="the training has diverged before step [1-4]"):
+        call(script, f"{flags} --out {tmp_path / 'run'} --{kind} {WILD} --log_every 99")
+    call(script, f"{flags} --out {tmp_path / 'run'} --{kind} --steps 1 --lr 1e-3")  # the same folder starts again
+
+
+def test_a_discriminator_that_diverges_is_not_saved(images, tmp_path, monkeypatch):
+    """The tokenizer alone would still be finite in the step in which its discriminator is lost."""
+    update = train_vq.update
+
+    def spoiled(learners, objective, step):
+        norm = update(learners, objective, step)
+        with torch.no_grad():
+            next(learners["discriminator"].module.parameters()).fill_(float("nan"))
+        return norm
+
+    monkeypatch.setattr(train_vq, "update", spoiled)
+    flags = f"--data {images} {VQ_FLAGS} --out {tmp_path / 'run'} --discriminator patch --gan_start 0 --steps 1"
+    with pytest.raises(ValueError, match="the training has diverged before step 1"):
+        call(train_vq, flags)
 
 
 def test_an_unwritable_folder_is_a_clear_error(runs, tmp_path):
@@ -329,3 +382,42 @@ def test_an_export_has_half_the_bytes_and_no_paths(prior_run, tmp_path):
         assert str(tmp_path.parent) not in text and json.loads(text)["step"] == 8
     with pytest.raises(ValueError, match="holds a model already"):
         export(prior_run, prior_run)
+    export(prior_run / "vq", tmp_path / "other" / "vq")
+    with pytest.raises(ValueError, match="other/vq holds a model already"):
+        export(prior_run, tmp_path / "other")
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["vq"], "refused before anything is written"
+
+
+def test_a_tokenizer_in_the_place_of_a_priors_copy_is_kept(runs, vq_run, tmp_path):
+    """Another one, or one that is still trained there, which would change the prior's codes."""
+    script, flags, _ = runs["prior"]
+    shutil.copytree(vq_run, tmp_path / "run" / "vq")
+    for vq in (vq_run, tmp_path / "run" / "vq"):
+        with pytest.raises(ValueError, match="run/vq holds a model already"):
+            call(script, f"{flags} --out {tmp_path / 'run'} --vq {vq} --steps 1")
+    shutil.rmtree(tmp_path / "run" / "vq" / "state")
+    config = tmp_path / "run" / "vq" / "config.json"
+    config.write_text(config.read_text().replace('"beta": 0.25', '"beta": 0.5'))
+    with pytest.raises(ValueError, match="run/vq holds a model already"):
+        call(script, f"{flags} --out {tmp_path / 'run'} --steps 1")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["vq"] and '"beta": 0.5' in config.read_text()
+
+
+@both
+def test_a_run_that_was_killed_in_its_first_save_starts_again(which, runs, tmp_path, monkeypatch):
+    script, flags, _ = runs[which]
+    out = tmp_path / "run"
+    with monkeypatch.context() as m:
+        m.setattr(resume, "write_state", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            call(script, f"{flags} --out {out} --steps 1")
+    assert (out / "model.safetensors").exists() and [p.name for p in (out / "state").iterdir()] == ["first_save"]
+    call(script, f"{flags} --out {out} --steps 1 --resume")
+    assert [p.name for p in (out / "state").iterdir()] == ["resume.safetensors"]
+    (out / "state" / "resume.safetensors").unlink()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(
+        ValueError, match="holds a model that cannot be resumed; use --init .*no state/resume.safetensors"
+    ):
+        call(script, f"{flags} --out {out} --steps 1 --resume")
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before

@@ -1,6 +1,8 @@
 """The sampling script with untrained models: prompts, files, metadata, restarts, images to complete and enlarge."""
 
 import json
+import runpy
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from untrained import make_prior, make_vq
 from minit2i import sample_cli
 from minit2i.data import crop
 from minit2i.plot import to_pil
-from minit2i.sample import Pipeline, score_codes
+from minit2i.sample import NotFinite, Pipeline, score_codes
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,7 @@ def models(tmp_path_factory):
     make_prior(folder / "larger", condition="text,coarse", shrink=2)
     make_prior(folder / "captioner", model="captioner")
     make_prior(folder / "towers", model="towers", n_encoder=1)
+    make_prior(folder / "language", model="language_model", condition="text")
     make_vq(folder / "twice", upsampler="wdsr", upscale=2, sr_ch=4, sr_blocks=1)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
     Image.fromarray(pixels).resize((32, 32)).save(folder / "given.png")
@@ -91,24 +94,36 @@ def test_a_restart_samples_what_is_missing(models, tmp_path):
         assert len(next(changes)) == (6 if more else 0), "other settings are other images"
 
 
-def test_too_little_memory_names_the_flag_and_a_restart_goes_on(models, tmp_path, monkeypatch):
-    (tmp_path / "p.txt").write_text("a red circle\na blue star\na green cross\n")
-    encode = Pipeline.encode_prompts
+def test_a_prompt_that_fails_does_not_lose_the_others(models, tmp_path, monkeypatch):
+    """Too little memory, or logits that are NaN: the group is halved until only that prompt is left out."""
+    (tmp_path / "p.txt").write_text("a red circle\na green cross\na blue star\na pair\n")
+    encode, wrong = Pipeline.encode_prompts, torch.OutOfMemoryError("tried to allocate 20 GiB")
 
     def failing(self, prompts):
         if "a green cross" in prompts:
-            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+            raise wrong
         return encode(self, prompts)
 
     monkeypatch.setattr(Pipeline, "encode_prompts", failing)
-    flags = f"--model {models}/prior --prompts {tmp_path}/p.txt --n 2 --batch 4 --out {tmp_path}/out"
-    with pytest.raises(ValueError, match="not enough memory for --batch 4; use a smaller one .*20 GiB"):
-        sample(flags)
+    flags = f"--model {models}/prior --prompts {tmp_path}/p.txt --n 2 --batch 8"
+    message = (
+        "1 of 4 prompts failed, the others are in .*: 'a green cross': not enough memory for --batch 8; use a smaller"
+    )
+    with pytest.raises(ValueError, match=message + " one .*20 GiB"):
+        sample(f"{flags} --out {tmp_path}/out")
     done = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
-    assert sorted({f.name[:5] for f in done}) == ["00000", "00001"]
+    assert sorted({f.name[:5] for f in done}) == ["00000", "00002", "00003"]
+    wrong = NotFinite("logits are NaN or Inf")
+    with pytest.raises(ValueError, match="1 of 4 prompts failed, .*: 'a green cross': logits are NaN"):
+        sample(f"{flags} --out {tmp_path}/grid.png")
+    with Image.open(tmp_path / "grid.png") as im:
+        assert im.text["prompt"] == "a red circle\na blue star\na pair" and im.size == (2 * 32 + 2, 3 * 32 + 4)
+    wrong = RuntimeError("a bug of ours")
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        sample(f"{flags} --out {tmp_path}/more")
     monkeypatch.setattr(Pipeline, "encode_prompts", encode)
-    sample(flags)
-    assert len(list((tmp_path / "out").iterdir())) == 6
+    sample(f"{flags} --out {tmp_path}/out")
+    assert len(list((tmp_path / "out").iterdir())) == 8
     assert {f: f.stat().st_mtime_ns for f in done} == done, "what was there is not sampled again"
 
 
@@ -136,6 +151,17 @@ def test_an_animation_ends_with_the_images(models, tmp_path, model, flags, n):
         assert np.array_equal(np.asarray(growing.convert("RGB")), pixels(tmp_path / "grown.png"))
         growing.seek(0)
         assert (np.asarray(growing.convert("RGB")) == 128).mean() > 0.5, "gray where nothing is sampled yet"
+
+
+def test_the_installed_package_samples_without_the_script(models, tmp_path, monkeypatch):
+    """python -m minit2i.sample"""
+    flags = f"--device cpu --model {models}/prior --prompt x --n 1 --out {tmp_path}/x.png"
+    monkeypatch.setattr("sys.argv", ["sample", *flags.split()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the module is imported already
+        runpy.run_module("minit2i.sample", run_name="__main__")
+    sample(flags.replace("x.png", "y.png"))
+    assert np.array_equal(pixels(tmp_path / "x.png"), pixels(tmp_path / "y.png"))
 
 
 # --- images to complete and to enlarge -------------------------------------------------------------------
@@ -188,6 +214,24 @@ def test_masks_of_all_kinds_mark_the_same_codes(models, given, tmp_path, kind):
     known = codes.clone()
     known[:, :2, 1] = -1
     assert sample_cli.known_codes(pipeline, args).equal(known)
+
+
+def test_of_an_erased_copy_of_the_image_what_is_transparent_is_painted(models, given, tmp_path):
+    """As DALL-E 2's edits are given, of a JPEG too; white strokes on a white image still mean themselves."""
+    pipeline, _, _ = given
+    smooth = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+    alpha = np.asarray(masks("white"))
+    for name, image, mask in (
+        ("erased.jpg", smooth, np.dstack([smooth, 255 - alpha])),
+        ("white.png", smooth * 0 + 255, np.dstack([smooth * 0 + 255, alpha])),
+    ):
+        Image.fromarray(image).save(tmp_path / name)
+        Image.fromarray(mask.astype(np.uint8)).save(tmp_path / "mask.png")
+        flags = f"--prompt= --image {tmp_path}/{name} --inpaint_mask {tmp_path}/mask.png"
+        args, _ = sample_cli.parse(f"--model {models}/prior {flags}".split())
+        painted = torch.zeros(1, 4, 4, dtype=torch.bool)
+        painted[:, :2, 1] = True
+        assert (sample_cli.known_codes(pipeline, args) < 0).equal(painted), name
 
 
 @pytest.mark.parametrize("model", ["prior", "masked"])
@@ -303,14 +347,28 @@ def test_settings_of_the_checkpoint_are_defaults_that_flags_override(tmp_path, c
         ("--image GIVEN --best_of 8", "--best_of needs a prompt"),
         ("--image GIVEN", "writes no captions"),
         ("--prompt x --model CAPTIONER", "samples no images"),
-        ("--prompt x --model nowhere", "nowhere is not a checkpoint folder"),
-        ("--prompt x --model TWICE", "holds a vq, not a prior"),
+        ("--prompt x --model nowhere", "--model nowhere is not a checkpoint folder"),
+        ("--prompt x --best_of 4 --judge nowhere", "--judge nowhere is not a checkpoint folder"),
+        ("--prompt x --model TWICE", "--model .*twice holds a tokenizer, not a prior"),
+        ("--prompt x --enlarge TWICE", "--enlarge .*twice holds a tokenizer, not a prior"),
+        ("--prompt x --best_of 4 --judge TWICE", "--judge .*twice holds a tokenizer, not a prior"),
+        ("--prompt x --vq PRIOR", "prior is not a tokenizer, as --vq needs"),
+        (
+            "--prompt x --model LANGUAGE",
+            "--model .*language holds a language model, which knows no images; train a prior",
+        ),
+        ("--prompt x --out GIVEN", "given.png is an image that was not sampled here; use another name"),
+        ("--prompt x --out PRIOR/config.json/x.png", "cannot write .*/config.json/"),
+        ("--prompt x --out PRIOR/config.json", "cannot write .*/config.json/"),
+        ("--prompt x --seed 99999999999999999999", "seed 99999999999999999999 is not in"),
         ("--prompt x --cfg_scale 1e38 --cfg_schedule constant", "logits are NaN or Inf"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(flags, message, models, tmp_path):
-    for name in ("prior", "captioner", "twice"):
+def test_flags_that_do_not_go_together_are_refused(flags, message, models, tmp_path, monkeypatch):
+    for name in ("prior", "captioner", "twice", "language"):
         flags = flags.replace(name.upper(), str(models / name))
     flags = flags.replace("GIVEN", str(models / "given.png"))
-    with pytest.raises(ValueError, match=message):
+    if "--out" in flags:
+        monkeypatch.setattr(Pipeline, "sample_prompts", lambda *args: pytest.fail("sampled before --out was checked"))
+    with pytest.raises((ValueError, OSError), match=message):
         sample(f"--model {models}/prior --out {tmp_path}/x.png {flags}")  # of equal flags the last counts

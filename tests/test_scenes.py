@@ -140,10 +140,13 @@ def test_the_models_own_prompt_is_one_of_the_captions():
     assert "a small blue square below a large red circle" in said
 
 
-def test_scenes_are_written_as_captioned_images(tmp_path, monkeypatch):
+def test_scenes_are_written_as_captioned_images(tmp_path, monkeypatch, capsys):
     """A folder to train on like one's own images."""
     monkeypatch.setattr("sys.argv", ["scenes", "--out", str(tmp_path / "a" / "b"), "--n", "3", "--image_size", "40"])
     scenes.main()
     source = Folder(tmp_path / "a" / "b")
     assert len(source) == 3 and source.image(2).size == (40, 40)
     assert all(read_caption(source.captions(i)[0]) for i in range(3))
+    with pytest.raises(SystemExit):
+        scenes.main()  # they might be another's
+    assert "is not empty; name a new folder" in capsys.readouterr().err

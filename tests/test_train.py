@@ -3,14 +3,16 @@
 import json
 import os
 import signal
+import warnings
 
 import pytest
 import torch
-from processes import losses
+from processes import fork, losses
 
 from minit2i import train
+from minit2i.collectives import all_gather
 from minit2i.plot import read_log
-from minit2i.train import EMA, Log, Processes, TrainConfig, check_finite, lr_at, make_optimizer, steps
+from minit2i.train import EMA, Log, Processes, TrainConfig, check_finite, check_loss, lr_at, make_optimizer, steps
 
 
 def test_learning_rate():
@@ -18,6 +20,8 @@ def test_learning_rate():
     rates = [lr_at(s, cfg) for s in range(111)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and abs(rates[60] - 0.55) < 1e-9 and abs(rates[110] - 0.1) < 1e-9
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    late = TrainConfig(out="", lr=1.0, warmup=10, steps=1110, min_lr=0.1, schedule_start=1000)
+    assert [lr_at(1000 + s, late) for s in range(111)] == rates
 
 
 def loop(procs, cfg, start=0):
@@ -138,6 +142,39 @@ def test_the_log_drops_what_was_written_after_the_checkpoint(tmp_path):
     assert (tmp_path / "loss.png").exists()
 
 
+def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\nnull\n[1]\n{"loss": 3.0}\n\xff\xfe\n{"step": 2}\n')
+    Log(tmp_path, True, 9)
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_a_loss_alone_may_overflow(monkeypatch):
+    """Float16: the scaler skips that step.  With a weight, or a codebook, the training is lost."""
+    procs, model = Processes("cpu"), torch.nn.BatchNorm1d(3)
+    check_loss(float("inf"), model, procs, 5)
+    model.running_mean[0] = float("inf")  # a buffer, as a codebook is
+    check_loss(1.0, model, procs, 5)
+    with pytest.raises(ValueError, match="diverged before step 5"):
+        check_loss(float("inf"), model, procs, 5)
+
+
+def gather():
+    """All parts, and the gradient of this process's own."""
+    rank = Processes("cpu").rank
+    x = torch.tensor([[1.0, 2.0]]) * (rank + 1)
+    x.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's own differentiable all_gather is deprecated
+        together = all_gather(x)
+        (together * torch.tensor([[1.0, 10.0], [100.0, 1000.0]]) * (rank + 1)).sum().backward()
+    return together.detach(), x.grad
+
+
+def test_gathered_parts_send_their_gradients_back():
+    together, gradient = fork(2, gather)
+    assert together.tolist() == [[1, 2], [2, 4]] and gradient.tolist() == [[3, 30]], "summed over both ranks"
+
+
 def test_user_errors_print_one_line(monkeypatch):
     monkeypatch.setattr(train, "keep_memory", lambda: None)
     monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)
@@ -146,8 +183,18 @@ def test_user_errors_print_one_line(monkeypatch):
     def fails():
         raise ValueError("lr 7 is not a number of at most 1; use 1")
 
+    def memory():
+        torch.empty(2**45)
+
+    def bug():
+        raise RuntimeError("shapes differ")
+
     with pytest.raises(SystemExit, match="error: lr 7 is not"):
         train.run(fails)
+    with pytest.raises(SystemExit, match="error: not enough memory .*; use a smaller batch, image or model"):
+        train.run(memory)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train.run(bug)
     monkeypatch.setenv("MINIT2I_TRACEBACK", "1")
     with pytest.raises(ValueError):
         train.run(fails)

@@ -9,8 +9,10 @@ file, and in the READMEs above, are printed here; a test compares.
 """
 
 import json
-import sys
 from pathlib import Path
+
+from minit2i.flags import new_parser
+from minit2i.train import run
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -41,8 +43,10 @@ def section(result):
 
 
 def main():
-    print("\n\n".join(section(result) for result in read_results(*sys.argv[1:]).values()))
+    parser = new_parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="results to print [all]")
+    print("\n\n".join(section(result) for result in read_results(*parser.parse_args().names).values()))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
