@@ -19,7 +19,7 @@ from minit2i import tokenizer_losses, vq
 from minit2i.checkpoint import load_model, read_config
 from minit2i.collectives import gather_objects
 from minit2i.config import Group, above
-from minit2i.data import DataConfig, Images, Skipped, collate, parse_size, split, step_batches
+from minit2i.data import DataConfig, Images, NoneUsable, Skipped, collate, parse_size, split, step_batches
 from minit2i.flags import describe, parse_flags
 from minit2i.metrics import code_stats, psnr, ssim
 from minit2i.papers import RECIPES
@@ -28,7 +28,7 @@ from minit2i.plot import captioned_grid
 from minit2i.resume import Learner, load_state, save_run
 from minit2i.tokenizer_losses import LossConfig, Objective, output_of
 from minit2i.train import EMA, EVAL_SIZE, Log, Processes, TrainConfig, check_finite, make_optimizer, n_params
-from minit2i.train import optimizer_step, run, seed_step, steps
+from minit2i.train import check_loss, optimizer_step, resumed_schedule, run, seed_step, steps
 from minit2i.vq import VQ, VQConfig, shrink
 
 
@@ -78,13 +78,20 @@ def load_data(data_cfg, cfg, upscale, procs):
     (source, train), (val_source, val) = split(data_cfg)
     train_set = Images(source, train, data_cfg, cfg.seed, data_cfg.captions, data_cfg.flip)
     val_set = Images(val_source, val, data_cfg, captions=data_cfg.captions)
+    skipped = Skipped(procs.say)
+    skipped.add([*source.skipped, *(val_source.skipped if val_source is not source else ())])
     try:
         val_set[0]
-    except ValueError:  # a handful of images, and the one kept for validation is bad
+    except NoneUsable as e:  # a handful of images, and the one kept for validation is bad
+        skipped.add(e.skipped)
         val_set = Images(source, train, data_cfg, captions=data_cfg.captions)
-    skipped = Skipped(procs.say)
-    skipped.add([*source.damaged, *(val_source.damaged if val_source is not source else ())])
     return train_set, val_set, skipped
+
+
+def in_steps(model_cfg, steps):
+    """The tokenizer's config with schedules in steps: values below 1 are shares of the training."""
+    shares = {k: v for k, v in asdict(model_cfg).items() if k.endswith("_steps") and 0 < v < 1}
+    return replace(model_cfg, **{k: round(v * steps) for k, v in shares.items()})
 
 
 def make_model(model_cfg, data_cfg, cfg, device):
@@ -92,6 +99,7 @@ def make_model(model_cfg, data_cfg, cfg, device):
     torch.manual_seed(cfg.seed)
     model = VQ(model_cfg).to(device)
     model.grid(*parse_size(data_cfg.image_size))
+    model.quantizer.cfg = in_steps(model_cfg, cfg.steps)
     if cfg.init:
         model.quantizer.first_step = 0  # its codebook is trained already
     elif 0 < cfg.steps <= model.quantizer.first_step:
@@ -170,9 +178,9 @@ def backward(forward, model, objective, micro_batches, learners, procs, step):
         if adversary:
             adversary.forward.require_backward_grad_sync = k == n - 1
             with procs.autocast():
-                loss = adversary.discriminator_loss(recon, images)
+                loss, more = adversary.discriminator_loss(recon, images, step)
             learners["discriminator"].scaler.scale(loss / n).backward()
-            values["disc_loss"] = loss.detach()
+            values |= more
         sums = {name: sums.get(name, 0.0) + v / n for name, v in values.items()}
         latents, codes = [*latents, z], [*codes, c]
     return torch.cat(latents), torch.cat(codes), sums
@@ -202,6 +210,7 @@ def update(learners, objective, step):
 def log_step(log, step, sums, norm, learner, cfg, procs):
     """Write a training step's losses, averaged over the processes, to the log."""
     values = dict(zip(sums, (v / procs.world for v in procs.sum([float(v) for v in sums.values()]))))
+    check_loss(values["loss"], learner.module, procs, step)
     values["psnr"] = float(10 * torch.tensor(4 / values.pop("mse")).log10())
     values |= {"grad_norm": float(norm), "lr": learner.optimizer.param_groups[0]["lr"]}
     values["perplexity"] = code_stats(learner.module.quantizer.ema_count)[1]
@@ -216,6 +225,7 @@ def main():
     if cfg.dry_run:
         return say_size(model_cfg, data_cfg, cfg)
     procs = Processes(cfg.device, cfg.precision)
+    cfg = resumed_schedule(cfg, procs)
     train_set, val_set, skipped = load_data(data_cfg, cfg, model_cfg.upscale, procs)
 
     # --- model, optimizer ---
@@ -240,11 +250,12 @@ def main():
     batches = step_batches(train_set, cfg, procs, start, data_cfg.workers, collate)
     log, step = Log(cfg.out, procs.main, start), start
     for step, evaluating, saving, ending in steps(cfg, procs, start):
+        for learner in learners.values() if evaluating or saving else ():
+            check_finite(learner.module, procs, step)
         if evaluating:
             with ema.applied(model):
                 skipped.add(report(model, train_set, val_set, log, cfg, procs, step))
         if saving:
-            check_finite(model, procs, step)
             skipped.add([s for part in gather_objects(list(skipped.why.items())) for s in part])
             save_run(cfg.out, config, step, learners, ema, skipped=list(skipped.why.items()))
         if ending:

@@ -1,8 +1,8 @@
 """The tokenizer's objective: a weighted sum of reconstruction, perceptual and adversarial losses.
 
 `Objective` is that sum, `Adversary` the discriminator's side of it.  The losses themselves are registered: l1 and l2
-in vq.py, logit_laplace in papers/dalle.py, vgg and patch in papers/taming.py.  All are means over the batch, in
-float32.
+in vq.py, logit_laplace in papers/dalle.py, vgg and patch in papers/taming.py, stylegan in papers/parti.py.  All are
+means over the batch, in float32.
 
 Shapes: B batch, H W image; images are in [-1, 1].
 """
@@ -69,10 +69,11 @@ def ramp(step, start, length):
 
 
 class Adversary:
-    """A discriminator and the two losses of its game.  `cfg` is the config of its own optimizer, Taming's AdamW.
+    """A discriminator and the two losses of its game.  `cfg` is the config of its own AdamW.
 
-    A discriminator is a module with discriminator_loss(real, fake) and generator_loss(fake) of logits, and with
-    balance(recon, gan, weight, scale), a factor on the generator's loss or None.
+    A discriminator is a module with discriminator_loss(real, fake) and generator_loss(fake) of logits; with
+    balance(recon, gan, weight, scale), a factor on the generator's loss or None; with `optimizer`, settings of its
+    AdamW; and with penalty(real), a loss on real images that is added every `penalty_every` steps (0: never).
     """
 
     def __init__(self, cfg, size, device):
@@ -81,18 +82,28 @@ class Adversary:
                 f"--discriminator {cfg.discriminator} does nothing: gan_start {cfg.gan_start} is not before the "
                 f"last of {cfg.steps} steps; use --gan_start {cfg.steps // 2}"
             )
-        self.cfg = replace(cfg, lr=cfg.gan_lr, beta1=0.5, beta2=0.9, weight_decay=0.0)
         self.net = DISCRIMINATORS[cfg.discriminator](cfg, size).to(device)
-        self.forward = DistributedDataParallel(self.net) if rank_and_world()[1] > 1 else self.net
+        self.cfg = replace(cfg, lr=cfg.gan_lr, **self.net.optimizer)
+        ddp = rank_and_world()[1] > 1
+        self.forward = DistributedDataParallel(self.net, broadcast_buffers=False) if ddp else self.net
 
     def generator_loss(self, image):
         """image (B, 3, H, W) -> loss ().  Its gradient reaches the image, not the discriminator."""
         frozen = {k: w.detach() for k, w in self.net.named_parameters()}
         return self.net.generator_loss(torch.func.functional_call(self.net, frozen, (image,)))
 
-    def discriminator_loss(self, image, target):
-        """image and target (B, 3, H, W) -> loss ().  Its gradient reaches the discriminator, not the image's maker."""
-        return self.net.discriminator_loss(*self.forward(torch.cat([target, image.detach()])).chunk(2))
+    def discriminator_loss(self, image, target, step):
+        """image and target (B, 3, H, W) -> loss (), {name: value}.  Its gradient reaches the discriminator alone.
+
+        Real and generated images pass one after the other, because a discriminator may compare the images of a batch.
+        The penalty is multiplied by its interval, which keeps its mean weight (StyleGAN2, arXiv:1912.04958 sec. 3.1).
+        """
+        loss = self.net.discriminator_loss(self.forward(target), self.forward(image.detach()))
+        log, every = {"disc_loss": loss.detach()}, self.net.penalty_every
+        if every and (step + 1) % every == 0:
+            penalty = self.net.penalty(target)  # on the module itself: its gradient joins that of the two passes
+            log["disc_penalty"], loss = penalty.detach(), loss + every * penalty
+        return loss, log
 
 
 class Objective:

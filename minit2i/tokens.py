@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import re
+import struct
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from tqdm import tqdm
 
 from minit2i.checkpoint import write_file
 from minit2i.collectives import gather_objects
-from minit2i.data import BadEntry, Images, Order, cached_array, none_usable
+from minit2i.data import Images, Order, cached_array, none_usable
+from minit2i.sources import BadEntry
 
 # --- text ----------------------------------------------------------------------------------------------
 
@@ -29,6 +32,25 @@ def read_pieces(proto):
     except RuntimeError:
         raise ValueError("the folder's text.model, tokenizer.model or spiece.model is no SentencePiece model") from None
     return pieces
+
+
+NORMAL, UNUSED = 1, 5  # types of a piece; SentencePiece itself makes no UNUSED one
+WORD = re.compile("\u2581?\\w+")
+
+
+def piece_field(piece, score, kind):
+    """A piece as bytes to append to a SentencePiece model (protobuf: field 1 of ModelProto is repeated)."""
+
+    def field(data):  # number 1, a length, that many bytes
+        n = len(data)
+        return b"\n" + (bytes([n]) if n < 128 else bytes([n % 128 + 128, n // 128])) + data
+
+    return field(field(piece.encode()) + b"\x15" + struct.pack("<f", score) + bytes([0x18, kind]))
+
+
+def as_bytes(text):
+    """The names of the pieces that spell a text byte by byte."""
+    return [f"<0x{b:02X}>" for b in text.encode()]
 
 
 class Text:
@@ -47,8 +69,9 @@ class Text:
         self.rank = {
             self.sp.id_to_piece(i): self.sp.get_score(i)
             for i in range(self.n_vocab)
-            if not (self.sp.is_byte(i) or self.sp.is_control(i) or self.sp.is_unknown(i))
+            if not (self.sp.is_byte(i) or self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i))
         }
+        self.added = {self.sp.id_to_piece(i): i for i in range(self.n_vocab) if self.sp.is_unused(i)}  # by `grow`
         self.n_cut = 0
 
     @staticmethod
@@ -76,6 +99,39 @@ class Text:
             ) from None
         return model.getvalue()
 
+    @staticmethod
+    def grow(proto, captions, vocab_size):
+        """A SentencePiece model (bytes) with up to vocab_size tokens: what new captions need most, with ids of its own.
+
+        That is characters without a piece, and whole words of several pieces, which occur at least twice.  All other
+        words keep their ids, which further merges of BPE would change (a new "the" that of "three", by "th").
+        """
+        text, letters, words = Text(proto, 3), Counter(), Counter()
+        if vocab_size <= text.n_vocab:
+            raise ValueError(f"--grow_vocab: the text model has {text.n_vocab} tokens already; use a larger --vocab_size")
+        for word in (word for caption in captions for word in text.words(caption)):
+            letters.update(c for c in word if c not in text.rank)
+            words.update(WORD.findall(word)[:1])
+        several = {w: n for w, n in words.items() if w not in text.added and len(text.merge([*w[:200]])) > 1}
+        found = [(-n, piece, kind) for some, kind in ((letters, NORMAL), (several, UNUSED)) for piece, n in some.items()]
+        found = sorted(x for x in found if x[0] < -1 and len(x[1]) <= 200)[: vocab_size - text.n_vocab]
+        lowest = min(text.sp.get_score(i) for i in range(text.n_vocab))
+        return proto + b"".join(piece_field(piece, lowest - 1 - i, kind) for i, (_, piece, kind) in enumerate(found))
+
+    def spelling(self, n_vocab):
+        """For each token from n_vocab on the ids that spelled it before `grow`: pieces, and bytes of characters."""
+
+        def ids(s):
+            known = s in self.rank and self.sp.piece_to_id(s) < n_vocab
+            return [self.sp.piece_to_id(name) for name in ([s] if known else as_bytes(s))]
+
+        pieces = (self.sp.id_to_piece(i) for i in range(n_vocab, self.n_vocab))
+        return [[i for s in self.merge([*piece]) for i in ids(s)] for piece in pieces]
+
+    def words(self, caption):
+        """caption -> its normalised words, with a leading \u2581 each."""
+        return re.findall("\u2581?[^\u2581]+", self.sp.normalize(" ".join(caption.split())))
+
     def pieces(self, caption, dropout=0.0, rng=None):
         """caption -> ids, without BOS and EOS.
 
@@ -83,27 +139,27 @@ class Text:
         (BPE-dropout, arXiv:1910.13267 algorithm 1).  SentencePiece's own sampling cannot be re-seeded, which resuming
         needs.
         """
-        caption = " ".join(caption.split())
-        if not dropout:
-            return self.sp.encode(caption)
-        symbols = [
-            s
-            for word in re.findall("\u2581?[^\u2581]+", self.sp.normalize(caption))
-            for s in self.merge(list(word[: 16 * self.length]), dropout, rng)
-        ]
+        words = self.words(caption) if dropout or self.added else []
+        added = {word: w[0] for word in words if (w := WORD.match(word)) and w[0] in self.added}
+        if not dropout and not added:
+            return self.sp.encode(" ".join(caption.split()))
         ids = []
-        for s in symbols:
-            names = [s] if s in self.rank else [f"<0x{b:02X}>" for b in s.encode()]
-            ids += [self.sp.piece_to_id(name) for name in names]
+        for word in words:
+            if word in added and (not dropout or rng.random() >= dropout):
+                ids.append(self.added[added[word]])
+                word = word.removeprefix(added[word])
+            for s in self.merge(list(word[: 16 * self.length]), dropout, rng):
+                names = [s] if s in self.rank else as_bytes(s)
+                ids += [self.sp.piece_to_id(name) for name in names]
         return ids
 
-    def merge(self, symbols, dropout, rng):
+    def merge(self, symbols, dropout=0.0, rng=None):
         """The characters of a word -> its pieces."""
         while True:
             merges = [
                 (-self.rank[a + b], k) for k, (a, b) in enumerate(zip(symbols, symbols[1:])) if a + b in self.rank
             ]
-            merges = [m for m in merges if rng.random() >= dropout]
+            merges = [m for m in merges if rng.random() >= dropout] if dropout else merges
             if not merges:
                 return symbols
             k = min(merges)[1]
@@ -123,17 +179,28 @@ class Text:
         return self.sp.decode([int(i) for i in ids if int(i) < self.n_vocab])
 
 
+def new_vocabulary(cfg, own, captions):
+    """The SentencePiece model (bytes) of a new run: that of --init, with --grow_vocab extended by the captions' words;
+    the prior's own, if it has one; else trained on the captions."""
+    if not cfg.init:
+        return own or Text.train(captions, cfg.vocab_size)
+    proto = Path(cfg.init, "text.model").read_bytes()
+    return Text.grow(proto, captions, cfg.vocab_size) if cfg.grow_vocab else proto
+
+
 # --- codes ---------------------------------------------------------------------------------------------
 
 
 class Crops(torch.utils.data.Dataset):
     """Row r -> (r, image of crop r % crops of entry r // crops), or (r, the reason why there is none).
 
-    A single crop is the central one; several are random, a pure function of (seed, r).
+    A single crop is the central one; several are random, a pure function of (seed, r).  samples: how many random codes
+    the cache has of each crop, at `temperature` (VQ.sample_codes); 0: its most likely ones.
     """
 
-    def __init__(self, source, indices, cfg, crops=1, seed=0, captions=True):
+    def __init__(self, source, indices, cfg, crops=1, seed=0, captions=True, samples=0, temperature=1.0):
         self.images, self.crops, self.seed = Images(source, indices, cfg, captions=captions), crops, seed
+        self.samples, self.temperature = samples, temperature
 
     def __len__(self):
         return len(self.images) * self.crops
@@ -152,6 +219,8 @@ class Crops(torch.utils.data.Dataset):
         """A hash of all that the crops depend on: the listing, sizes and times of the files, and the settings."""
         images, source = self.images, self.images.source
         settings = [type(source).__name__, images.size, images.cfg.resize, images.captions, self.crops, self.seed]
+        settings += [images.cfg.crop] if images.cfg.crop != "any" else []
+        settings += [self.samples, self.temperature] if self.samples else []
         digest = hashlib.sha256(json.dumps(settings).encode())
         for i in images.indices:
             digest.update(f"{source.key(i)}\0{source.stamp(i)}\n".encode("utf-8", "replace"))
@@ -161,7 +230,7 @@ class Crops(torch.utils.data.Dataset):
 class CodeCache:
     """The codes of a whole set, in a folder.
 
-    codes: memmap (n, crops, h, w); ok: (n,) False where the entry could not be used; skipped: [(key, why)].
+    codes: memmap (n, crops x samples, h, w); ok: (n,) False where the entry could not be used; skipped: [(key, why)].
     """
 
     def __init__(self, folder):
@@ -188,7 +257,7 @@ def code_cache(folder, crops, vq, procs, view=lambda images: images, name=""):
     parts = ["codes", vq.hash, crops.digest(), name, procs.precision]
     folder = Path(folder, "-".join(part for part in parts if part))
     height, width = view(torch.zeros(1, 3, *crops.images.size)).shape[-2:]
-    shape = (len(crops.images), crops.crops, *vq.grid(height, width))
+    shape = (len(crops.images), crops.crops * max(1, crops.samples), *vq.grid(height, width))
     dtype = np.uint16 if vq.cfg.n_codes <= 2**16 else np.int32
     cached_array(folder / "codes.npy", shape, dtype, lambda codes, rows: encode(codes, rows, crops, vq, procs, view))
     return CodeCache(folder)
@@ -196,24 +265,29 @@ def code_cache(folder, crops, vq, procs, view=lambda images: images, name=""):
 
 @torch.no_grad()
 def encode(codes, rows, crops, vq, procs, view, batch=64):
-    """Fill this process's rows of codes (n, crops, h, w); write skipped.json with the entries that cannot be used."""
+    """Fill this process's rows of codes (n, crops x samples, h, w); write skipped.json with the entries that cannot be used."""
     share = range(rows.start * crops.crops, rows.stop * crops.crops)
     loader = torch.utils.data.DataLoader(
         crops, batch, sampler=share, num_workers=crops.images.cfg.workers, collate_fn=list
     )
-    bad = {}  # row -> why
+    bad, each = {}, max(1, crops.samples)  # row -> why
     for chunk in tqdm(loader, desc="encoding the images once", unit="batch", disable=not procs.main, leave=False):
         bad |= {r // crops.crops: image for r, image in chunk if isinstance(image, str)}
         good = [(r, image) for r, image in chunk if not isinstance(image, str)]
         if good:
             images = view(torch.stack([image for _, image in good]).to(procs.device))
             with procs.autocast():
-                encoded = vq.encode(images)
-            for (r, _), grid in zip(good, encoded.cpu().numpy()):
-                codes[r // crops.crops, r % crops.crops] = grid
+                if crops.samples:
+                    seeds = [crops.seed * 1_000_003 + r for r, _ in good]
+                    encoded = vq.sample_codes(images, crops.samples, crops.temperature, seeds)  # (b, samples, h, w)
+                else:
+                    encoded = vq.encode(images)[:, None]
+            for (r, _), grids in zip(good, encoded.cpu().numpy()):
+                row, crop = divmod(r, crops.crops)
+                codes[row, crop * each : (crop + 1) * each] = grids
     bad = {row: why for share in gather_objects(bad) for row, why in share.items()}
     if procs.main:
-        keys = [(row, crops.images.source.key(crops.entry(row * crops.crops)), bad[row]) for row in sorted(bad)]
+        keys = [(row, crops.images.source.name(crops.entry(row * crops.crops)), bad[row]) for row in sorted(bad)]
         write_file(Path(codes.filename).with_name("skipped.json"), json.dumps(keys))
 
 
@@ -235,7 +309,7 @@ class Coded(torch.utils.data.Dataset):
         self.rows = np.flatnonzero(caches["codes"].ok)
         if not len(self.rows):
             raise none_usable(indices, caches["codes"].skipped)
-        self.order = None if seed is None else Order(self.rows, seed)
+        self.order = None if seed is None else Order(self.rows, seed, source.times(np.asarray(indices)[self.rows]))
 
     def __len__(self):
         return len(self.rows)

@@ -1,5 +1,6 @@
 """Replicas and shards match one process up to rounding; PowerSGD compresses as it says."""
 
+import os
 from collections import Counter
 from copy import copy
 from dataclasses import replace
@@ -16,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minit2i.collectives import gather_objects
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import GPT, build_prior
-from minit2i.parallel import parallelize, sync_gradients, unshard, unsharded
+from minit2i.parallel import PowerSGD, parallelize, sync_gradients, unshard, unsharded
+from minit2i.resume import Learner, load_state, save_run
 from minit2i.train import EMA, Processes, make_optimizer, optimizer_step
 from train_prior import PriorTrainConfig
 
@@ -78,6 +80,7 @@ def run(n, *args, **kw):
 
 
 FSDP, MUON = replace(TRAIN, strategy="fsdp"), replace(TRAIN, optimizer="muon")
+HSDP, POWER = replace(TRAIN, strategy="hsdp", accum=1), replace(TRAIN, powersgd=2)
 
 
 class Operations(TorchDispatchMode):
@@ -176,7 +179,72 @@ def test_replicas_and_shards_match_one_process():
     assert many["reductions"] == CFG["n_layer"] + 1
 
 
-POWER = replace(TRAIN, powersgd=2)
+# --- shards within a node, replicas between nodes ---
+
+
+def two_nodes(folder):
+    """Run by each of four processes, two nodes of two."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    out = {
+        "plain": run(4, HSDP),
+        "checkpointed, fp16": run(4, replace(HSDP, checkpoint_activations=True), "fp16"),
+        "muon": run(4, replace(HSDP, optimizer="muon")),
+        "block scales": run(4, replace(HSDP, block_scale=True)),
+    }
+    r = Run(HSDP)
+    with Operations() as count:
+        r.backward(data(0))
+    out["sums"] = [sum(n for op, n in count.count.items() if name in op) for name in ("reduce_scatter", "allreduce")]
+    exact = {k: w.grad.to_local() for k, w in r.model.named_parameters()}
+    # compressed between the nodes: a shard's gradient is projected on two directions, the same in both nodes
+    r = Run(replace(HSDP, powersgd=2))
+    r.backward(data(0))
+    out["compressed"], out["weights"] = Counter(), {}
+    for k, w in r.model.named_parameters():
+        g, thin = w.grad.to_local(), k.startswith("blocks") and w.dim() == 2
+        basis = torch.linalg.svd(g, full_matrices=False)[0][:, :2] if thin else None
+        expected = basis @ (basis.mT @ exact[k]) if thin else exact[k]
+        lossy = not torch.allclose(g, exact[k], atol=1e-6)
+        out["compressed"][thin, lossy, torch.allclose(g, expected, atol=1e-6)] += 1
+        out["weights"][k] = w.to_local().shape, w.shape
+    r = Run(replace(HSDP, powersgd=2))
+    out["learned"] = r.steps(40, data(0))[[0, -1], :2].sum(1).tolist()
+    # a state is saved once, not by each node, and read by both
+    save_run(folder, {}, 40, {"model": Learner(r.model, r.optimizer, r.scaler)}, r.ema)
+    again = Run(HSDP)
+    load_state(folder, {"model": Learner(again.model, again.optimizer, again.scaler)}, again.ema)
+    pairs = zip(r.model.parameters(), again.model.parameters())
+    moments = [
+        r_.optimizer.state[w]["exp_avg"].to_local() for r_ in (r, again) for w in list(r_.model.parameters())[:1]
+    ]
+    same = all(a.to_local().equal(b.to_local()) for a, b in pairs) and moments[0].equal(moments[1])
+    size = sum(f.stat().st_size for f in (folder / "state" / "step-000040").iterdir())
+    out["resumed"] = gather_objects(same), size / sum(4 * w.numel() for w in r.model.parameters())
+    return out
+
+
+def test_shards_within_a_node_match_one_process(tmp_path):
+    """2 x 2 processes equal one; with PowerSGD a step equals its definition."""
+    many = fork(4, two_nodes, tmp_path)
+    single = replace(TRAIN, accum=1)
+    one = {"": run(4, single), "fp16": run(4, single, "fp16"), "muon": run(4, replace(single, optimizer="muon"))}
+    for name in ("plain", "checkpointed, fp16", "muon", "block scales"):
+        (losses, weights), (expected, averaged) = many[name], one[name.split()[-1] if name.split()[-1] in one else ""]
+        assert torch.allclose(losses, expected, rtol=1e-4 if expected is one[""][0] else 3e-3), name
+        rounding = 1e-4 if name != "muon" else 4e-4
+        assert "fp16" in name or all((weights[k] - w).abs().mean() < rounding for k, w in averaged.items()), name
+    # each block's shards, and what is outside: summed within the node, then between nodes (and the losses' sum)
+    assert many["sums"] == [CFG["n_layer"] + 1, CFG["n_layer"] + 1 + 1]
+    n = len([*build_prior(CFG).parameters()])
+    thin = 4 * CFG["n_layer"]  # qkv, out, up, down
+    assert many["compressed"] == {(True, True, True): thin, (False, False, True): n - thin}
+    assert many["weights"]["blocks.0.mlp.f.up.weight"] == ((96, 32), (192, 32))
+    first, last = many["learned"]
+    assert last < 0.6 * first
+    assert all(many["resumed"][0]) and 4 < many["resumed"][1] < 4.5  # weights, two moments, averages
+
+
+# --- PowerSGD ---
 
 
 def compression():
@@ -191,15 +259,12 @@ def compression():
     plain.forward.register_comm_hook(None, allreduce_hook)  # DDP's default, in Python
     dist.all_reduce = count
     for r, name in ((plain, "plain"), (power, "power")):
-        out[name] = [r.steps(2)]
-    for r, name in ((plain, "plain"), (power, "power")):
         sent.clear()
-        r.backward(data(2))  # also sums its two losses, 16 bytes
-        out[name] += [sent["bytes"] - 16, {k: w.grad.clone() for k, w in r.model.named_parameters()}]
-        r.optimizer.zero_grad()
+        r.backward(data(0))  # also sums its two losses, 16 bytes
+        out[name] = sent["bytes"] - 16, {k: w.grad.clone() for k, w in r.model.named_parameters()}
     dist.all_reduce = reduce
     out["learned"] = Run(POWER).steps(60, data(0))[[0, -1], :2].sum(1).tolist()
-    r = Run(POWER, "fp16")  # an overflow must not stay in the error feedback
+    r = Run(POWER, "fp16")
     r.steps(3)
     r.scaler.update(2.0**24)
     out["overflow"] = r.steps(20)[:, 2]
@@ -209,26 +274,66 @@ def compression():
 def test_powersgd():
     """The blocks' gradients have rank 2, all others are exact; far fewer bytes are sent; it learns."""
     out = fork(2, compression)
-    assert out["power"][0].equal(out["plain"][0])  # the first two steps are not compressed
-    grads, exact = out["power"][2], out["plain"][2]
+    (power_bytes, grads), (plain_bytes, exact) = out["power"], out["plain"]
     for name, g in grads.items():
         if name.startswith("blocks") and g.dim() == 2:
             assert torch.linalg.matrix_rank(g) == 2 < torch.linalg.matrix_rank(exact[name]), name
         else:
             assert torch.allclose(g, exact[name], atol=1e-7), name
-    assert out["plain"][1] == 4 * sum(g.numel() for g in grads.values())
+    assert plain_bytes == 4 * sum(g.numel() for g in grads.values())
     rest = sum(g.numel() for k, g in grads.items() if not (k.startswith("blocks") and g.dim() == 2))
     thin = sum(2 * sum(g.shape) for k, g in grads.items() if k.startswith("blocks") and g.dim() == 2)
-    assert out["power"][1] == 4 * (rest + thin)
+    assert power_bytes == 4 * (rest + thin)
     first, last = out["learned"]
     assert last < 0.5 * first
     assert not out["overflow"][0].isfinite() and out["overflow"][-1].isfinite()
 
 
+SCALES = [1.0, 1.0, 8.0, 8.0, 2.0]  # of the loss, in five steps
+
+
+def replica_gradients(step):
+    """The gradients of a matrix in two replicas, times the loss scale; in the third step one overflows."""
+    g = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(step)) * SCALES[step]
+    g[0, 3, 4] = torch.inf if step == 2 else g[0, 3, 4]
+    return g
+
+
+def averages():
+    """Run by each process: what PowerSGD makes of those gradients."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    rank = Processes("cpu").rank
+    model = torch.nn.ModuleList([torch.nn.Linear(32, 64, bias=False)])
+    power, means = PowerSGD(model, 4, scaler), []
+    for step, scale in enumerate(SCALES):
+        scaler.scale(torch.ones(()))
+        scaler.update(scale)
+        grad = replica_gradients(step)[rank]
+        power.average_([*model.parameters()], [grad])
+        means.append(grad / scale)
+    return means
+
+
+def test_powersgd_equals_a_loop():
+    """Algorithms 1 and 2, with buffers that outlive a new loss scale and a step with Inf."""
+    found = fork(2, averages)
+    q, error = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 64, 32)
+    for step, scale in enumerate(SCALES):
+        m = replica_gradients(step) / scale + error
+        if step == 2:
+            assert found[step].isnan().all()
+            continue
+        p = torch.linalg.qr((m @ q).mean(0)).Q
+        q = (m.mT @ p).mean(0)
+        mean, error = p @ q.mT, m - p @ q.mT
+        assert torch.allclose(found[step], mean, atol=1e-4), step
+        assert not torch.allclose(mean, replica_gradients(step).mean(0) / scale, atol=0.1)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(strategy="fsdp", powersgd=2), "powersgd 2 .*--strategy ddp"),
+        (dict(strategy="fsdp", powersgd=2), "powersgd 2 .*--strategy ddp or hsdp"),
         (dict(powersgd=30), "powersgd 30 makes no matrix of this model smaller"),
     ],
 )

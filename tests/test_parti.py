@@ -1,17 +1,25 @@
-"""Parti: the encoder-decoder; two towers: their losses, retrieval, and the encoder that they hand over."""
+"""Parti: sizes of WDSR; the encoder-decoder; two towers: their losses, retrieval, and the encoder they hand over.
+
+StyleGAN's discriminator is in test_tokenizer_losses.py.
+"""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import PRIOR_FLAGS
 from priors import EMPTY, GPT2, batch, big, build
-from processes import fork
+from processes import call, fork
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
+import train_prior
+from minit2i.checkpoint import read_config
 from minit2i.gpt import prior_config
 from minit2i.papers.parti import MAX_LOG_SCALE, Towers, hide_words, info_nce, is_word
 from minit2i.train import Processes
+from minit2i.vq import UPSAMPLERS, build_vq
 
 TOWERS = dict(model="towers", n_encoder=1, n_layer=1, text_len=8, n_vocab=40, n_codes=33)
 
@@ -27,6 +35,19 @@ def captioned(n=8):
 def towers(**changes):
     torch.manual_seed(0)
     return build(**TOWERS | changes)
+
+
+# --- the super-resolution ---
+
+
+@pytest.mark.parametrize("name, scale, size", [("wdsr", 2, 15e6), ("wdsr-x4", 4, 30e6)])
+def test_wdsr_has_the_sizes_that_parti_names(name, scale, size):
+    net = UPSAMPLERS[name](UPSAMPLERS[name].Config())
+    assert abs(sum(w.numel() for w in net.parameters()) / size - 1) < 0.1
+    assert net(torch.rand(1, 3, 4, 6)).shape == (1, 3, 4 * scale, 6 * scale)
+    with torch.device("meta"):
+        cfg = build_vq({"upsampler": name}).cfg
+    assert cfg.upscale == scale, "chosen by its name alone"
 
 
 # --- the encoder-decoder ---
@@ -47,9 +68,9 @@ def test_the_encoder_reads_the_whole_caption(pos):
 def test_a_begin_token_stands_before_the_codes():
     model = big(build(condition="encoder"))
     inputs = batch(model)
-    prefix, memory = model.condition(inputs)
+    prefix, context = model.condition(inputs)
     assert model.layout == (1, 2, 3) and prefix.shape == (3, 1, 16) and prefix[0].equal(prefix[1])
-    assert memory.equal(model.conditions["encoder"].encoder(model.embedding(inputs["text"])))
+    assert context.memory.equal(model.conditions["encoder"].encoder(model.embedding(inputs["text"])))
     assert model.positions()[:1].equal(model.conditions["encoder"].pos)
     assert model.logits(inputs)[0] is None and not hasattr(model, "text_head") and set(model(inputs)) == {"image"}
 
@@ -58,6 +79,29 @@ def test_layers_of_encoder_and_decoder():
     model = build(condition="encoder", n_encoder=3, n_layer=1)
     assert len(model.conditions["encoder"].encoder.blocks) == 3 and len(model.blocks) == 1
     assert build(condition="encoder").conditions["encoder"].encoder.norm is not build().norm
+
+
+def other_pads(model, inputs):
+    """The same batch where the pads' embeddings are others."""
+    with torch.no_grad():
+        model.embedding.weight[model.cfg.n_vocab : model.cfg.n_vocab + model.cfg.text_len] += 1
+    return inputs
+
+
+@pytest.mark.parametrize("pads", ["hidden", "learned"])
+def test_hidden_pads_do_not_matter(pads):
+    """Neither in the encoder nor in cross-attention, nor to the towers."""
+    for model in (big(build(condition="encoder", pads=pads)), big(towers(pads=pads, text_len=5, n_vocab=11))):
+        inputs = batch(model)
+
+        def result():
+            if isinstance(model, Towers):
+                return torch.cat(model.features(inputs["text"], inputs["codes"] % 7))
+            return model.logits(inputs)[1]
+
+        before, _ = result(), other_pads(model, inputs)
+        assert torch.allclose(result()[1:], before[1:], atol=1e-6), "only the first caption has pads"
+        assert torch.allclose(result()[0], before[0], atol=1e-6) == (pads == "hidden")
 
 
 # --- the towers' losses ---
@@ -248,3 +292,16 @@ def test_the_empty_caption_has_a_feature():
     text, image = model.features(EMPTY[None], batch(model, 1)["codes"])
     assert text.isfinite().all() and image.isfinite().all()
     assert prior_config(vars(model.cfg))[1] == model.cfg
+
+
+@pytest.mark.parametrize("pads", ["hidden", "learned"])
+def test_a_prior_starts_from_towers(images, vq_run, tmp_path, pads):
+    """As the commands in parti.py do; the prior takes --pads from the towers, whose encoder it goes on with."""
+    common = f"--data {images} --vq {vq_run} --cache {tmp_path / 'cache'} {PRIOR_FLAGS.replace('--mask dalle', '')}"
+    call(train_prior, f"{common} --model towers --n_encoder 1 --pads {pads} --steps 2 --out {tmp_path / 'towers'}")
+    start = f"{common} --init {tmp_path / 'towers'} --model gpt --condition encoder --mask conv --lr 0"
+    call(train_prior, f"{start} --steps 1 --out {tmp_path / 'prior'}")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("towers", "prior"))
+    encoder = [k for k in one if k.startswith("encoder.")]
+    assert len(encoder) > 5 and all(other[f"conditions.encoder.{k}"].equal(one[k]) for k in encoder)
+    assert read_config(tmp_path / "prior")["model"]["pads"] == pads

@@ -149,6 +149,29 @@ def test_a_view_changes_the_image_before_encoding(damaged, tmp_path):
     assert len(os.listdir(tmp_path)) == 2, "another view and another precision have caches of their own"
 
 
+class Noisy(MeanRed):
+    """A tokenizer whose codes are random: sample k of an image with seed s is 8 * (s % 2) + k everywhere."""
+
+    def sample_codes(self, images, n, temperature, seeds):
+        each = torch.tensor([[8 * (s % 2) + k for k in range(n)] for s in seeds])
+        return each[:, :, None, None].expand(-1, -1, 4, 4)
+
+
+def test_the_cache_holds_several_samples_of_each_crop(damaged, tmp_path, text):
+    """The training takes one of them at random, and the same crop's in all views."""
+    source, _, _, crops, _, _ = damaged
+    sampled = Crops(source, crops.images.indices, crops.images.cfg, 3, samples=4, temperature=0.5)
+    hotter = Crops(source, crops.images.indices, crops.images.cfg, 3, samples=4)
+    assert len({c.digest() for c in (crops, sampled, hotter)}) == 3
+    cache = code_cache(tmp_path, sampled, Noisy(), Processes("cpu"))
+    assert cache.codes.shape == (len(source), 12, 4, 4)
+    rows = np.flatnonzero(cache.ok)[:, None]
+    expected = 8 * ((rows * 3 + np.arange(12) // 4) % 2) + np.arange(12) % 4
+    assert (cache.codes[cache.ok] == expected[..., None, None]).all()
+    coded = Coded(source, crops.images.indices, {"codes": cache}, text, seed=0)
+    assert {int(coded[p]["codes"][0]) % 8 for p in range(60)} == {0, 1, 2, 3}
+
+
 def test_samples_are_a_pure_function_of_seed_and_position(damaged, text):
     source, _, _, crops, cache, _ = damaged
     caches = {"codes": cache, "coarse": cache}

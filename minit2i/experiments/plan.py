@@ -23,8 +23,9 @@ from minit2i.checkpoint import load_vq, read_config
 from minit2i.config import Settings, above, at_least, between, pick
 from minit2i.data import parse_size
 from minit2i.flags import add_flags, named, new_parser
-from minit2i.gpt import CONDITIONS, GPT, MODELS, Block, GPTConfig, build_prior, conditions_of, prior_config
+from minit2i.gpt import CONDITIONS, GPT, MODELS, GPTConfig, build_prior, conditions_of, prior_config, with_codes
 from minit2i.papers import RECIPES, SIZES
+from minit2i.papers.parti import Encoder
 from minit2i.tokens import Text
 from minit2i.train import DTYPES, pick_device, pick_precision, run
 
@@ -46,7 +47,8 @@ class PlanConfig(Settings):
     batch_size: Annotated[int, "images per step over all processes", at_least(1)] = 32
     accum: Annotated[int, "gradient-accumulation steps", at_least(1)] = 1
     precision: Annotated[str, "auto is this machine's", ("auto", *DTYPES)] = "auto"
-    strategy: Annotated[str, "replicas or shards", ("ddp", "fsdp")] = "ddp"
+    strategy: Annotated[str, "replicas, shards, or shards within a node", ("ddp", "fsdp", "hsdp")] = "ddp"
+    per_node: Annotated[int, "processes of a node, for hsdp", at_least(1)] = 8
     checkpoint_activations: Annotated[bool, "recompute activations in the backward pass"] = False
     optimizer: Annotated[str, "adamw or muon", ("adamw", "muon")] = "adamw"
     ema: Annotated[float, "decay of the averaged weights; 0: none", between(0, 1)] = 0.999
@@ -85,13 +87,18 @@ def matrices(module):
     return sum(w.numel() for w in module.parameters() if w.dim() == 2)
 
 
+def encoders(cfg):
+    """The trained encoders that the conditions have: [(a block, number of blocks, positions)]."""
+    found = (m for m in meta_prior(cfg).conditions.modules() if isinstance(m, Encoder))
+    return [(m.blocks[0], len(m.blocks), m.mask.layout.length) for m in found]
+
+
 def training_flops(cfg):
     """Floating-point operations to train on one sequence: 2 per weight and position forward, twice that backward.
 
     Attention counts the pairs that the masks show; recomputed activations are not counted.
     """
-    n_encoder = getattr(cfg, "n_encoder", 0)
-    model = meta_prior(cfg, n_layer=1, **({"n_encoder": 1} if n_encoder else {}))
+    model = meta_prior(cfg, n_layer=1)
     block, length, memory, t = model.blocks[0], model.layout.length, model.memory_length, cfg.text_len
     masks = layer_masks(cfg.mask, cfg.n_layer)
     visible = {name: int(meta_mask.dense.sum()) for name, meta_mask in meta_prior(cfg).attention_masks.items()}
@@ -99,8 +106,8 @@ def training_flops(cfg):
     work = cfg.n_layer * length * matrices(block)
     if memory:  # keys and values are computed at the memory's positions instead
         work += cfg.n_layer * (memory - length) * matrices(block.cross.f.kv)
-    for layer in (m for m in model.conditions.modules() if isinstance(m, Block)):  # a trained text encoder's
-        work, pairs = work + n_encoder * t * matrices(layer), pairs + n_encoder * t * t
+    for layer, n, positions in encoders(cfg):
+        work, pairs = work + n * positions * matrices(layer), pairs + n * positions**2
     heads = cfg.n_image * cfg.n_embd * cfg.n_codes + (t - 1) * cfg.n_embd * cfg.n_vocab * model.predicts_text
     return 3 * 2 * (work + heads + 2 * cfg.n_embd * pairs)
 
@@ -140,15 +147,21 @@ def activation_bytes(cfg, precision, cross):
 def memory_by_part(cfg, how, precision):
     """{part: bytes} of one process."""
     model, parts, half = meta_prior(cfg), parameters(cfg), DTYPES[precision].itemsize
-    n_encoder, length, total = getattr(cfg, "n_encoder", 0), model.layout.length, sum(parts.values())
-    shards = how.processes if how.strategy == "fsdp" else 1
-    outside, block = parts["embeddings"] + parts["heads"], parts["blocks"] / (cfg.n_layer + n_encoder)
+    blocks, length, total = encoders(cfg), model.layout.length, sum(parts.values())
+    shards = {"ddp": 1, "fsdp": how.processes, "hsdp": min(how.per_node, how.processes)}[how.strategy]
+    outside, block = (
+        parts["embeddings"] + parts["heads"],
+        parts["blocks"] / (cfg.n_layer + sum(n for _, n, _ in blocks)),
+    )
     sequences = how.batch_size / how.processes / how.accum
     layer = activation_bytes(cfg, precision, model.memory_length > 0)
-    if n_encoder:  # its blocks are shorter and have no cross-attention
-        layer += activation_bytes(cfg, precision, False) * cfg.text_len / length * n_encoder / cfg.n_layer
+    if blocks:  # an encoder's are shorter and have no cross-attention
+        shorter = sum(n * positions for _, n, positions in blocks) / length
+        layer += activation_bytes(cfg, precision, False) * shorter / cfg.n_layer
     entering = length * cfg.n_embd * 4  # a float32 residual stream
-    logits = 4 * (cfg.text_len * cfg.n_vocab * model.predicts_text + cfg.n_image * cfg.n_codes)
+    heads = cfg.text_len * cfg.n_vocab * model.predicts_text, cfg.n_image * cfg.n_codes
+    # both log-softmaxes are kept; an eager backward pass adds two gradients of one head's logits at a time
+    logits = 4 * sum(heads) + 8 * max(heads)
     kept = cfg.n_layer * entering + layer if how.checkpoint_activations else cfg.n_layer * layer
     if shards > 1:
         copies = 4 * outside + 2 * half * block  # gathered: everything outside the blocks, and two blocks
@@ -201,8 +214,7 @@ def planned(argv=None):
         raise ValueError(f"a plan is for priors, not for --model {cfg.model}")
     if Path(how.vq, "config.json").exists():
         vq, size = load_vq(how.vq), how.image_size or read_config(how.vq)["data"]["image_size"]
-        grid_h, grid_w = vq.grid(*parse_size(size))
-        cfg = replace(cfg, n_codes=vq.cfg.n_codes, grid_h=grid_h, grid_w=grid_w)
+        cfg = with_codes(cfg, vq, vq.grid(*parse_size(size)))
     elif not cfg.n_codes and not model.data:  # a language model has no codes
         raise ValueError(f"a plan needs a tokenizer, and {how.vq} holds none; use --vq, or a paper's --model_size")
     words, n_vocab = model.vocabulary(cfg), settings.get("n_vocab", how.vocab_size)

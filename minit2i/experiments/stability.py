@@ -1,12 +1,13 @@
 """A toy experiment: a deep prior in float16 that breaks, and what each remedy of fp16.py is worth.
 
-    python -m minit2i.experiments.stability --out stability.png
+    python -m minit2i.experiments.stability --out residual.png
+    python -m minit2i.experiments.stability --scores 640 --lr 0.08 --batch 2 --out attention.png
     python -m minit2i.experiments.stability --runs "loss scaling" --seeds 1 --steps 20 --out pilot.png
 
 CogView tries its remedies on a toy of 64 layers with a large learning rate (arXiv:2105.13290 fig. 3b): without
 Sandwich-LN the residual stream overflows, without PB-Relax attention does, and only with both training continues.
-Here a narrow prior of as many layers learns striped images without warm-up, from an initialisation with large
-queries, keys and residual branches.
+Here a narrow prior of as many layers learns striped images at such a rate, without warm-up, so the residual stream
+overflows after some steps.  Attention takes longer than a toy runs: `--scores` begins with larger queries and keys.
 
 `float16` is float16 throughout, norms included, with float32 master weights; "float32 parts" are DALL-E's (residual
 stream, norms, embeddings, logits).  A run ends when the loss or a weight is NaN or Inf; "skipped" counts the steps
@@ -15,6 +16,7 @@ again, the command does the others.
 """
 
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,10 +66,10 @@ class StabilityConfig(Settings):
     seeds: Annotated[int, "seeds of each run", at_least(1)] = 3
     n_layer: Annotated[int, "layers", at_least(1)] = 64
     steps: Annotated[int, "steps of each run", at_least(1)] = 60
-    batch: Annotated[int, "images per step", at_least(1)] = 4
-    lr: Annotated[float, "learning rate", above(0)] = 2e-3
-    scores: Annotated[float, "queries and keys are initialised this many times larger"] = 600.0
-    branches: Annotated[float, "residual branches are initialised this many times larger"] = 300.0
+    batch: Annotated[int, "images per step", at_least(1)] = 1
+    lr: Annotated[float, "learning rate at the start; it falls linearly to 0", above(0)] = 0.2
+    scores: Annotated[float, "queries and keys are initialised this many times larger", above(0)] = 1.0
+    branches: Annotated[float, "residual branches are initialised this many times larger", above(0)] = 1.0
 
 
 def stripes(step, batch, seed=0):
@@ -117,23 +119,30 @@ def toy_model(cfg, seed, pb_norm, fields):
     return model
 
 
+def mean_loss(sums, batch):
+    """Nats per code plus nats per text position."""
+    return sums["image"] / batch["codes"].numel() + sums["text"] / batch["text"].numel()
+
+
 def train_toy(
     cfg, seed=0, half=True, pb_norm=False, float32_parts=False, loss_scale=False, block_scale=False, **fields
 ):
-    """-> losses of the steps survived, the first place that was NaN or Inf (or ""), number of skipped updates."""
+    """-> losses of the steps survived, the first place that was NaN or Inf (or ""), number of skipped updates, loss of
+    the last weights on other images in float32 (nan if the run ended early)."""
     model, procs = toy_model(cfg, seed, pb_norm, fields), Processes("cpu", "fp16" if half else "fp32")
     scaler = BlockScaler(model, procs) if block_scale else torch.amp.GradScaler("cpu", enabled=loss_scale)
     optimizer, losses, skipped = torch.optim.AdamW(model.parameters(), cfg.lr), [], 0
     places = first_nonfinite(model)
     for step in range(cfg.steps):
+        optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
         batch, weights = stripes(step, cfg.batch, seed), dict(model.named_parameters())
         if half and not float32_parts:
             weights = {k: w.half() for k, w in weights.items()}
         with torch.autocast("cpu", torch.float16, enabled=half and float32_parts):
             sums = functional_call(model, weights, (batch,))
-        loss = sums["image"] / batch["codes"].numel() + sums["text"] / batch["text"].numel()
+        loss = mean_loss(sums, batch)
         if not loss.isfinite():
-            return losses, places[0] if places else "loss", skipped
+            return losses, places[0] if places else "loss", skipped, math.nan
         losses.append(float(loss.detach()))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -145,15 +154,16 @@ def train_toy(
         optimizer.zero_grad()
         skipped = scaler.n_skipped if block_scale else skipped + (scaler.get_scale() < before)
         if not all(w.isfinite().all() for w in model.parameters()):
-            return losses, f"gradient of {bad[-1]}" if bad else "weight", skipped
-    return losses, "", skipped
+            return losses, f"gradient of {bad[-1]}" if bad else "weight", skipped, math.nan
+    with torch.no_grad():
+        return losses, "", skipped, float(mean_loss(model(others := stripes(10**6, 32)), others))
 
 
 # --- runs, table, plot -----------------------------------------------------------------------------------
 
 
 def train_all(cfg, path):
-    """Do the runs that the file does not hold yet -> {run: [(losses, place, skipped) of each seed]}."""
+    """Do the runs that the file does not hold yet -> {run: [(losses, place, skipped, loss) of each seed]}."""
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "runs", "seeds")}
     kept = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": {}}
     if kept["settings"] != settings:
@@ -174,20 +184,23 @@ def span(values):
 
 
 def table(results, steps):
-    """{run: [(losses, place, skipped) of each seed]} -> lines of Markdown; only runs that lived to the end have a loss."""
-    lines = [f"| run | steps of {steps} | skipped | first NaN or Inf | loss of the last 10 |", "|---|---|---|---|---|"]
+    """{run: [(losses, place, skipped, loss) of each seed]} -> lines of Markdown."""
+    lines = [
+        f"| run | steps of {steps} | skipped | first NaN or Inf | loss (of those that lived) |",
+        "|---|---|---|---|---|",
+    ]
     for name, seeds in results.items():
-        lived, places = [losses for losses, _, _ in seeds if len(losses) == steps], {p for _, p, _ in seeds if p}
-        last = [statistics.mean(losses[-10:]) for losses in lived]
+        losses, places, skips, last = zip(*seeds)
+        last, places = [x for x in last if not math.isnan(x)], sorted({place for place in places if place})
         loss = f"{statistics.mean(last):.2f} ({min(last):.2f}..{max(last):.2f})" if last else ""
-        survived, skipped = span([len(losses) for losses, _, _ in seeds]), span([n for _, _, n in seeds])
-        lines.append(f"| {name} | {survived} | {skipped} | {', '.join(sorted(places)) or 'nothing'} | {loss} |")
+        survived, skipped = span([*map(len, losses)]), span(skips)
+        lines.append(f"| {name} | {survived} | {skipped} | {', '.join(places) or 'nothing'} | {loss} |")
     return lines
 
 
 def curves(results, steps):
     """{run: results} -> {name: points} of the seed that ended first, each point the mean of five steps."""
-    first = {name: min((losses for losses, _, _ in seeds), key=len) for name, seeds in results.items()}
+    first = {name: min((losses for losses, *_ in seeds), key=len) for name, seeds in results.items()}
     ended = {name: "" if len(losses) == steps else f" (ended after {len(losses)})" for name, losses in first.items()}
     return {name + ended[name]: smooth([*enumerate(y, 1)], 5) for name, y in first.items() if y}
 

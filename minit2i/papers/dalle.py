@@ -7,18 +7,28 @@ What it adds
     prior       text and codes in one sequence, text 1/8 of the loss           gpt.py:GPT, --text_weight
                 row, column, convolutional masks; their order over layers      attention.py:row, mask_order
                 a pad token for each text position, BPE dropout                tokens.py:Text
+                codes sampled from the encoder's distribution                  vq.py:VQ.sample_codes, --code_samples
                 a gradient scale for each resblock; float32 where it matters   fp16.py:BlockScaler, --fp32_logits
-                sharded parameters, gradients compressed by PowerSGD           parallel.py:shard, PowerSGD
+                shards within a node, gradients averaged between nodes         parallel.py:shard, --strategy hsdp
+                and compressed, with error feedback                            parallel.py:PowerSGD, --powersgd
                 samples ranked by a contrastive model                          parti.py:Towers, --best_of --judge
+    data        random crops of each stage                                     --crop dvae, --crop dalle --crops 4
+                captions and shapes that are left out                          --data_filter dalle: Filtered
 
 What differs here
     The first batch sets the Gumbel logits to mean 0 and variance 1: otherwise a few codes dominate and the rest die.
     The log-scale of logit-Laplace is bounded: flat images would have an unbounded density.
-    Codes enter the decoder as rows of --code_dim channels (DALL-E: one-hot); the encoder reads [-1, 1], not phi(x).
-    Text and codes have an output layer each (DALL-E: one softmax over both).  Pads are never targets.
-    Learning rates fall along a cosine (the paper's prior: halved at plateaus); the average of the weights is updated at
-    every step (every 25); moments are float32 (16 bits).
+    Codes enter the decoder as rows of --code_dim channels (DALL-E: one-hot).
+    The dVAE's temperature falls over 5 % of the steps and the weight of its KL rises over 0.2 %, as 150,000 and 5,000
+    of 3 million; its rate, 1e-3 (1e-4), falls over all steps (the first 40 %) to 1.25 % of itself after a warm-up.
+    Text and codes have an output layer each (the paper does not say).  Pads are never targets.  Linear layers of the
+    prior have no biases.
+    The prior's rate, 1e-3 (4.5e-4), falls along a cosine (halved at plateaus); the average of the weights is updated at
+    every step with decay 0.999 (every 25, 0.99); moments, averages and PowerSGD's buffers are float32 (16 bits).
+    Sampled codes are drawn once, several for each crop, and each epoch takes one of them at random.
     A tenth of the captions is dropped, which lets sampling use guidance.
+    Crops are resized by Pillow's bicubic filter (area means); dvae's are mirrored with --flip only.  Of the filters the
+    number of words and the list of boilerplate are ours, as the paper names an example; none looks for English.
 
 Commands
     python -m minit2i.papers.dalle                                     both stages on generated scenes, in minutes
@@ -30,6 +40,7 @@ results: minit2i/experiments/README.md, "sparse-masks", "float16", "quantizers"
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -40,8 +51,10 @@ import torch.nn.functional as F
 from minit2i.attention import MASK_ORDERS
 from minit2i.collectives import all_reduce_sum
 from minit2i.config import Settings, at_least
+from minit2i.data import CROPS
 from minit2i.demo import demo
-from minit2i.vq import BACKBONES, OUTPUTS, QUANTIZERS, RECON_LOSSES, count_codes, finite
+from minit2i.sources import DATA_FILTERS, BadEntry, Source
+from minit2i.vq import BACKBONES, OUTPUTS, QUANTIZERS, RECON_LOSSES, Backbone, count_codes, finite
 
 # --- STAGE 1: tokenizer ----------------------------------------------------------------------------------
 # Shapes: B batch, H W image, h w code grid, N = B*h*w latents, C code channels, V codebook size.
@@ -78,8 +91,20 @@ def init_unit_gain(m):
         nn.init.zeros_(m.bias)
 
 
+EPS = 0.1
+
+
+def phi(image):
+    """Pixels in [-1, 1] -> [EPS, 1 - EPS], where their logit is bounded: (1 - 2 EPS) x + EPS of x in [0, 1].  App.
+    A.3."""
+    return (1 - 2 * EPS) * (image + 1) / 2 + EPS
+
+
 class DVAEEncoder(nn.Sequential):
-    """7x7 convolution, groups of bottlenecks with max-pooling between, 1x1: (B, 3, H, W) -> (B, width, h, w)."""
+    """7x7 convolution, groups of bottlenecks with max-pooling between, 1x1: (B, 3, H, W) -> (B, width, h, w).
+
+    It reads phi(image) (app. A.3).
+    """
 
     def __init__(self, cfg, width):
         ws, gain = dvae_groups(cfg)
@@ -90,6 +115,9 @@ class DVAEEncoder(nn.Sequential):
             last = w
         super().__init__(*layers, nn.ReLU(), nn.Conv2d(last, width, 1))
         self.apply(init_unit_gain)
+
+    def forward(self, image):
+        return super().forward(phi(image))
 
 
 class DVAEDecoder(nn.Sequential):
@@ -116,8 +144,9 @@ class GumbelQuantizer(nn.Module):
     """The encoder gives a logit for each code; the decoder gets a mixture of code vectors.  Sec. 2.1, app. A.2.
 
     In training the mixture is a Gumbel-softmax sample, else the most likely code.  The temperature falls from 1 to
-    1/16 and the KL weight rises from 0 to 6.6.  The KL to the uniform distribution, in nats, is summed over an
-    image's codes and divided by its 3 H W values, as DALL-E divides the whole bound: 1 / (3 stride^2) per code.
+    1/16 and the KL weight rises from 0 to 6.6, in the recipe over the paper's shares of the training.  The KL to the
+    uniform distribution, in nats, is summed over an image's codes and divided by its 3 H W values, as DALL-E divides
+    the whole bound: 1 / (3 stride^2) per code.
     """
 
     first_step = 0
@@ -128,8 +157,10 @@ class GumbelQuantizer(nn.Module):
 
         group = "Quantizer gumbel"
         kl_weight: Annotated[float, "final weight of the KL to the uniform distribution", at_least(0)] = 6.6
-        kl_steps: Annotated[int, "steps over which that weight rises from 0", at_least(0)] = 5000
-        tau_steps: Annotated[int, "steps to temperature 1/16 (DALL-E: 150,000)", at_least(0)] = 5000
+        kl_steps: Annotated[float, "steps over which that weight rises; below 1: a share of --steps", at_least(0)] = (
+            5000
+        )
+        tau_steps: Annotated[float, "steps to temperature 1/16; below 1: a share of --steps", at_least(0)] = 5000
 
     def __init__(self, cfg):
         super().__init__()
@@ -146,9 +177,13 @@ class GumbelQuantizer(nn.Module):
     def norm(self, codes):
         return F.normalize(codes.float(), dim=-1) if self.cfg.l2_norm else codes.float()
 
+    def logits(self, z):
+        """z (N, V) -> (N, V), of the posterior over the codes."""
+        return (z.float() - self.shift) * self.scale
+
     def forward(self, z, train=False, step=0):
         """z (N, V) -> z_q (N, C), codes (N,), weighted KL ()."""
-        logits = (z.float() - self.shift) * self.scale  # (N, V)
+        logits = self.logits(z)
         codes = logits.argmax(1)
         if not train:
             return self.lookup(codes), codes, logits.new_zeros(())
@@ -178,19 +213,18 @@ class GumbelQuantizer(nn.Module):
         self.ema_count.lerp_(count_codes(codes, finite(z)[1], self.cfg.n_codes), 1 - self.cfg.decay)
 
 
-EPS = 0.1  # app. A.3: pixels in [0, 1] are mapped into [EPS, 1 - EPS]
 LOWEST = -5.0  # of ln b: a scale of 0.007, half an 8-bit step
 
 
 def logit_laplace(maps, image, target):
     """Negative log-likelihood per value under the logit-Laplace distribution, in nats.  App. A.3.
 
-    maps (B, 6, H, W) hold mu and ln b, target (B, 3, H, W) is in [-1, 1] and mapped by phi(x) = (1 - 2e) x + e from
-    [0, 1]. Density 1 / (2 b x (1 - x)) exp(-|logit(x) - mu| / b).  Deviation: ln b is at least LOWEST.
+    maps (B, 6, H, W) hold mu and ln b, target (B, 3, H, W) is in [-1, 1].  Density of x = phi(target):
+    1 / (2 b x (1 - x)) exp(-|logit(x) - mu| / b).  Deviation: ln b is at least LOWEST.
     """
     mu, ln_b = maps.float().chunk(2, 1)
     ln_b = ln_b.clamp_min(LOWEST)
-    x = (1 - 2 * EPS) * (target.float() + 1) / 2 + EPS
+    x = phi(target.float())
     return ((x.logit() - mu).abs() * (-ln_b).exp() + ln_b + (2 * x * (1 - x)).log()).mean()
 
 
@@ -200,7 +234,28 @@ def laplace_image(maps):
     return 2 * (mu.sigmoid() - EPS) / (1 - 2 * EPS) - 1
 
 
-BACKBONES["dvae"] = (DVAEEncoder, DVAEDecoder)
+def crop_of_square(im, size, rng, offsets, low, high):
+    """Where a crop of size (H, W) lies in a PIL image -> (left, top, right, bottom).
+
+    The largest part with that aspect ratio (a square if H = W), its left and top within the range offsets(pixels to
+    spare), resized to t = low to high times the size, at most its own, and of that a crop anywhere.
+    """
+    h, w = size
+    side, scale = min(size), min(im.height / h, im.width / w)  # scale: pixels of the image to one of the crop
+    left, top = (rng.integers(*offsets(int(spare))) for spare in (im.width - w * scale, im.height - h * scale))
+    t_low, t_high = (max(side, min(int(side * scale), round(times * side))) for times in (low, high))
+    t = rng.integers(t_low, t_high + 1) / side
+    x, y = (rng.integers(round(n * t) - n + 1) * scale / t for n in (w, h))
+    x, y = min(left + x, im.width - w * scale / t), min(top + y, im.height - h * scale / t)  # but for rounding
+    return x, y, x + w * scale / t, y + h * scale / t
+
+
+def dvae_crop(im, size, resize, rng):
+    """Any square, at 9/8 to 12/8 of the size, and a crop of it (listing 1)."""
+    return crop_of_square(im, size, rng, lambda spare: (0, spare + 1), 9 / 8, 12 / 8)
+
+
+BACKBONES["dvae"] = Backbone(DVAEEncoder, DVAEDecoder)
 QUANTIZERS["gumbel"] = GumbelQuantizer
 RECON_LOSSES["logit_laplace"] = logit_laplace
 OUTPUTS["logit_laplace"] = (6, laplace_image)
@@ -215,14 +270,60 @@ def mask_order(n_layer):
     return [("row", "column", "row", "row")[i % 4] for i in range(n_layer - 1)] + ["conv"]
 
 
+def dalle_crop(im, size, resize, rng):
+    """A square near the middle, at 1 to 9/8 of the size, and a crop of it (listing 2): captions name what they see."""
+
+    def offsets(spare):
+        return 3 * spare // 8, max(3 * spare // 8 + 1, 5 * spare // 8)
+
+    return crop_of_square(im, size, rng, offsets, 1, 9 / 8)
+
+
+BOILERPLATE = re.compile(  # a word of "photographed on 12 May 2015"
+    r"photo\w*|picture|image|taken|uploaded|posted|on|at|in|the|\d+(st|nd|rd|th)?|jan(uary)?|feb(ruary)?|mar(ch)?|"
+    r"apr(il)?|may|june?|july?|aug(ust)?|sep(t|tember)?|oct(ober)?|nov(ember)?|dec(ember)?"
+)
+
+
+class Filtered(Source):
+    """A source without captions of less than 3 words or of boilerplate such as "photographed on <date>", and without
+    images of an aspect ratio outside [1/2, 2] (app. C)."""
+
+    def __init__(self, source):
+        self.source, self.skipped = source, source.skipped
+        self.key, self.name, self.times = source.key, source.name, source.times
+
+    def __len__(self):
+        return len(self.source)
+
+    def stamp(self, i):
+        return f"{self.source.stamp(i)} dalle"
+
+    def image(self, i, near=None):
+        im = self.source.image(i, near)
+        if max(im.size) > 2 * min(im.size):
+            raise BadEntry("aspect ratio outside 1/2 to 2")
+        return im
+
+    def captions(self, i, rng=None):
+        lines = self.source.captions(i, rng)
+        long = [line for line in lines if len(line.split()) >= 3]
+        kept = [line for line in long if not all(map(BOILERPLATE.fullmatch, re.findall(r"\w+", line.lower())))]
+        if not kept:
+            raise BadEntry("caption is boilerplate" if long else "caption is too short")
+        return kept
+
+
 MASK_ORDERS["dalle"] = mask_order
+CROPS |= {"dvae": dvae_crop, "dalle": dalle_crop}
+DATA_FILTERS["dalle"] = Filtered
 
 
 # --- RECIPE ----------------------------------------------------------------------------------------------
 
 RECIPE = {  # sec. 2, app. A.2, B; codebook and steps are a laptop's, for images of 64 pixels
     "vq": dict(
-        backbone="dvae", quantizer="gumbel", stride=8, ch=32, kl_steps=500, tau_steps=2500, recon="logit_laplace"
+        backbone="dvae", quantizer="gumbel", stride=8, ch=32, kl_steps=0.002, tau_steps=0.05, recon="logit_laplace"
     )
     | dict(beta2=0.999, weight_decay=1e-4, ema=0.999, min_lr=0.0125),
     "prior": dict(norm="layernorm", mlp="gelu", qk_norm=False, pos="learned", mask="dalle", fp32_logits=True)

@@ -3,29 +3,34 @@
 What it adds (the tokenizer is ViT-VQGAN, Yu et al., 2021-10, arXiv:2110.04627)
     tokenizer   a transformer on patches as encoder and decoder                ViTEncoder, ViTDecoder
                 l2-normalised codes of few channels                            vq.py:Codebook, --l2_norm
+                StyleGAN's discriminator, held in check by R1                  StyleGAN, deviation_map
                 a larger decoder, trained afterwards on frozen codes           load_frozen, --train decoder
-                learned super-resolution of decoded images                     WDSR, --train upsampler
+                learned super-resolution of decoded images, x2 and x4          WDSR, WDSRx4, --train upsampler
     prior       an encoder reads the caption, the decoder attends to it        TextEncoder
                 convolutional masks in all decoder layers                      attention.py:conv
                 the encoder's pre-training: hidden words, captions and images  Towers, hide_words, info_nce
                 the best of many samples, by a contrastive model               Towers.score
 
 What differs here
-    Positions of the ViT are fixed sines of row and column, so every grid works.
-    The discriminator is Taming's PatchGAN (Parti: StyleGAN's with R1).
-    WDSR starts as bicubic interpolation and is trained with any of the tokenizer's losses.
-    Pads of the caption are learned vectors that attention sees; the paper does not say how it pads.
+    Positions of the ViT are fixed sines of row and column, so every grid works; its heads have 64 channels at any size.
+    The papers name StyleGAN without a version or settings: this is StyleGAN2's discriminator, loss and optimizer, with
+    R1's weight of 10.  It starts late and is ramped up, and the perceptual loss is Taming's (no LPIPS weights).
+    WDSR starts as bicubic interpolation; 25 blocks for its x4 are our guess from the number of parameters.
+    Pads of the caption are learned vectors that attention sees (--pads hidden hides them); the paper does not say.
+    Words are hidden in the captions themselves, with the contrast in one training; Parti's BERT reads other text (C4).
     The image tower reads codes, not pixels; features are means over positions.
     AdamW replaces Adafactor, with the same beta2 and weight decay; learning rates fall along a cosine.
 
 Commands
     python -m minit2i.papers.parti                                     both stages on generated scenes, in minutes
-    python train_vq.py --recipe parti --data path/to/images --out out/parti-vq
-    python train_vq.py --data path/to/images --init out/parti-vq --train decoder --decoder_ch 128 --out out/parti-vq2
-    python train_vq.py --data path/to/images --init out/parti-vq2 --train upsampler --upsampler wdsr --out out/parti-x2
-    python train_prior.py --model towers --data path/to/images --vq out/parti-vq --batch_size 64 --out out/towers
-    python train_prior.py --recipe parti --data path/to/images --vq out/parti-vq --out out/parti
-    python sample.py --model out/parti --vq out/parti-x2 --prompt "a red circle" --best_of 16 --judge out/towers
+    python train_vq.py --recipe parti --data images --out out/parti-vq
+    python train_vq.py --recipe parti --data images --init out/parti-vq --train decoder --decoder_ch 128 --out out/vq2
+    python train_vq.py --recipe parti --data images --init out/vq2 --train upsampler --upsampler wdsr --out out/x2
+    python train_prior.py --recipe parti --model towers --condition text --text_weight 0.125 --batch_size 64 \\
+        --data images --vq out/parti-vq --out out/towers
+    python train_prior.py --recipe parti --init out/towers --model gpt --condition encoder --data images \\
+        --vq out/parti-vq --out out/parti                              without --init: from scratch
+    python sample.py --model out/parti --vq out/x2 --prompt "a red circle" --best_of 16 --judge out/towers
 
 results: minit2i/experiments/README.md, "decoders", "rerank"
 """
@@ -46,10 +51,12 @@ from minit2i.collectives import all_gather, rank_and_world
 from minit2i.config import Settings, annotations, at_least, pick
 from minit2i.demo import demo
 from minit2i.fp16 import shrink_gradient
-from minit2i.gpt import CONDITIONS, MODELS, Block, Condition, Head, Linear, Prior
-from minit2i.gpt import cross_entropy, init_weights, make_norm, rotary_tables
+from minit2i.gpt import CONDITIONS, MODELS, Block, Condition, Context, Head, Linear, Prior
+from minit2i.gpt import cross_entropy, init_weights, make_norm, rotary_tables, seen_text
 from minit2i.papers.dalle import LARGE
-from minit2i.vq import BACKBONES, UPSAMPLERS
+from minit2i.papers.taming import logistic
+from minit2i.tokenizer_losses import DISCRIMINATORS, AdversaryConfig
+from minit2i.vq import BACKBONES, UPSAMPLERS, Backbone
 
 # --- STAGE 1: tokenizer ----------------------------------------------------------------------------------
 # Shapes: B batch, H W image, h w code grid, N = h*w, C channels, D width of the transformer.
@@ -188,6 +195,138 @@ def bicubic_kernel(s):
     return kernel.view(3 * s * s, 3, 5, 5)
 
 
+class WDSRx4(WDSR):
+    """WDSR with Parti's size for 4 times larger images, 30 M parameters, as defaults; WDSR's own are those for 2 times.
+
+    Parti sec. 2.1 gives the number of parameters; that they are 25 blocks of 128 channels is our guess.
+    """
+
+    @dataclass(frozen=True)
+    class Config(WDSR.Config):
+        """Settings of --upsampler wdsr-x4."""
+
+        group = "Upsampler wdsr-x4"
+        upscale: Annotated[int, "decoded images become this many times larger", (2, 4)] = 4
+        sr_blocks: Annotated[int, "residual blocks", at_least(0)] = 25
+
+
+class EqualConv(nn.Conv2d):
+    """A convolution with equalised learning rate: N(0, 1) weights, divided by the square root of their fan-in in use.
+
+    Under Adam all weights then change at the same relative rate.  Progressive GAN, arXiv:1710.10196 sec. 4.1.
+    """
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * self.weight[0].numel() ** -0.5, self.bias)
+
+
+def leaky(x):
+    """Leaky ReLU times sqrt 2, which keeps the variance, as StyleGAN2 has it."""
+    return F.leaky_relu(x, 0.2) * 2**0.5
+
+
+class Halving(nn.Module):
+    """Residual block: x (B, a, h, w) -> (B, b, h//2, w//2), with a blur before each stride of 2.
+
+    StyleGAN2, arXiv:1912.04958 sec. 4.1, fig. 7; the filter [1, 3, 3, 1] in both directions is its release's.
+    """
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.conv1, self.conv2 = EqualConv(a, a, 3, padding=1), EqualConv(a, b, 3, stride=2)
+        self.skip = EqualConv(a, b, 1, bias=False)
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(line, line).repeat(a, 1, 1, 1), persistent=False)  # (a, 1, 4, 4)
+
+    def blur(self, x, padding, stride=1):
+        return F.conv2d(x, self.kernel, padding=padding, stride=stride, groups=len(self.kernel))
+
+    def forward(self, x):
+        y = leaky(self.conv2(self.blur(leaky(self.conv1(x)), padding=2)))  # (B, b, h//2, w//2)
+        return (y + self.skip(self.blur(x, padding=1, stride=2))) * 0.5**0.5
+
+
+def deviation_map(x):
+    """Minibatch standard deviation: x (B, C, h, w) -> (B, 1, h, w), one number per image.  arXiv:1710.10196 sec. 3.
+
+    The deviation over a group of images, averaged over channels and positions, shows how varied the group is.  Groups
+    of 4 as in StyleGAN2 (3, 2 or 1 if 4 does not divide B), here neighbours in the batch: N ranks, or micro-batches,
+    match one if each has a multiple of 4 images.
+    """
+    n = next(n for n in (4, 3, 2, 1) if len(x) % n == 0)
+    groups = x.float().unflatten(0, (-1, n))  # (B/n, n, C, h, w)
+    deviation = (groups.var(1, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))  # (B/n,)
+    return deviation.repeat_interleave(n)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+
+
+class StyleGAN(nn.Module):
+    """StyleGAN2's discriminator: (B, 3, H, W) -> a logit per image (B,), high for real.
+
+    Residual halvings down to a shorter side of 4 to 7, minibatch standard deviation, a convolution, two dense layers.
+    Non-saturating logistic loss and R1.  arXiv:1912.04958 sec. 4.1, app. B; ViT-VQGAN sec. 3.3 and Parti sec. 2.1 say
+    "StyleGAN".  Deviations: any H and W (halving drops an odd row or column); channels double from gan_ch on, where
+    StyleGAN2 fixes them per resolution.  ValueError for images below 8 pixels.
+    """
+
+    @dataclass(frozen=True)
+    class Config(AdversaryConfig):
+        """Settings of --discriminator stylegan."""
+
+        group = "Discriminator stylegan"
+        gan: Annotated[float, "weight of the adversarial loss (ViT-VQGAN: 0.1)", at_least(0)] = 0.1
+        gan_lr: Annotated[float, "the discriminator's peak learning rate", at_least(0)] = 2e-3
+        gan_ch: Annotated[int, "channels at full resolution, doubled by each halving up to 512", at_least(1)] = 64
+        gan_r1: Annotated[float, "weight of R1, the gradient penalty on real images", at_least(0)] = 10.0
+
+    # app. B, with beta2 for 17 steps in the place of 16; unclipped, as R1 comes in few steps, with large gradients
+    optimizer = dict(beta1=0.0, beta2=0.99 ** (16 / 17), weight_decay=0.0, clip=0.0)
+    penalty_every = 16  # steps
+
+    def __init__(self, cfg, size):
+        super().__init__()
+        if min(size) < 8:
+            raise ValueError(f"--discriminator stylegan needs images of at least 8 pixels, not {min(size)}")
+        n = (min(size) // 4).bit_length() - 1  # halvings
+        widths = [min(cfg.gan_ch * 2**i, max(cfg.gan_ch, 512)) for i in range(n + 1)]
+        self.first, last = EqualConv(3, widths[0], 1), widths[-1]
+        self.blocks = nn.Sequential(*(Halving(a, b) for a, b in zip(widths, widths[1:])))
+        self.conv = EqualConv(last + 1, last, 3, padding=1)
+        self.dense, self.out = EqualConv(last, last, [side >> n for side in size]), EqualConv(last, 1, 1)
+        self.r1, self.penalty_every = cfg.gan_r1, self.penalty_every if cfg.gan_r1 else 0
+
+    def forward(self, x):
+        x = self.blocks(leaky(self.first(x)))  # (B, C, h, w)
+        x = leaky(self.conv(torch.cat([x, deviation_map(x)], 1)))
+        return self.out(leaky(self.dense(x))).flatten()  # dense layers: convolutions with one position
+
+    def discriminator_loss(self, real, fake):
+        """Logits of real and of generated images -> loss ()."""
+        return logistic(real, fake)
+
+    def generator_loss(self, fake):
+        """Logits of generated images -> loss ()."""
+        return F.softplus(-fake.float()).mean()
+
+    def penalty(self, real):
+        """R1: gan_r1 / 2 times the squared norm of the logit's gradient, real (B, 3, H, W) -> (), in float32.
+
+        arXiv:1801.04406 eq. 9.  Every 16 steps, times 16: StyleGAN2 sec. 3.1.
+        """
+        real = real.detach().requires_grad_()
+        with torch.autocast(real.device.type, enabled=False):
+            (grad,) = torch.autograd.grad(self(real).sum(), real, create_graph=True)
+        return self.r1 / 2 * grad.square().sum((1, 2, 3)).mean()
+
+    def balance(self, recon, gan, weight, scale):
+        """The factor on the generator's loss: none."""
+        return None
+
+
 FROZEN = {"all": (), "decoder": ("encoder", "quantizer"), "upsampler": ("encoder", "quantizer", "decoder")}
 
 
@@ -199,7 +338,7 @@ def load_frozen(model, folder, train):
     part differs.
     """
     saved, now = pick(type(model.cfg), read_config(folder)["model"]), model.cfg
-    free = ["decoder", "decoder_ch", "decoder_n_res", "output"]
+    free = ["decoder", "decoder_ch", "decoder_n_res", "decoder_attention", "output"]
     if train == "upsampler":
         free = ["upsampler", *annotations(UPSAMPLERS[now.upsampler].Config)]
     for name, value in asdict(now).items():
@@ -213,8 +352,9 @@ def load_frozen(model, folder, train):
     model.load_state_dict(own | kept)
 
 
-BACKBONES["vit"] = (ViTEncoder, ViTDecoder)
-UPSAMPLERS["wdsr"] = WDSR
+BACKBONES["vit"] = Backbone(ViTEncoder, ViTDecoder)
+UPSAMPLERS |= {"wdsr": WDSR, "wdsr-x4": WDSRx4}
+DISCRIMINATORS["stylegan"] = StyleGAN
 
 
 # --- STAGE 2: prior --------------------------------------------------------------------------------------
@@ -230,12 +370,13 @@ class EncoderConfig(Settings):
 
 
 class Encoder(nn.Module):
-    """A bidirectional transformer: embeddings (B, T, D) -> states (B, T, D), normalised."""
+    """A bidirectional transformer: embeddings (B, T, D), seen (B, T) False at hidden pads -> states (B, T, D),
+    normalised."""
 
     def __init__(self, cfg, n_layer, length):
         super().__init__()
         self.mask = AttentionMask("bidirectional", Layout(0, 1, length))
-        self.learned = cfg.pos == "learned"
+        self.learned = cfg.pos in ("learned", "index")
         if self.learned:
             self.pos = nn.Parameter(torch.empty(length, cfg.n_embd))
         else:  # on the diagonal before the grid's corner, as text in a decoder
@@ -246,11 +387,11 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(n_layer))
         self.norm = make_norm(cfg, cfg.n_embd)
 
-    def forward(self, x):
+    def forward(self, x, seen=None):
         x = self.drop(x + self.pos if self.learned else x)
         rope = None if self.learned else (self.cos, self.sin)
         for block in self.blocks:
-            x = block(x, self.mask, rope=rope)
+            x = block(x, self.mask, rope=rope, context=Context(seen=seen))
         return self.norm(x)
 
 
@@ -275,7 +416,12 @@ class TextEncoder(Condition):
         return self.begin.expand(len(batch["text"]), 1, -1)
 
     def memory(self, batch, embed):
-        return self.encoder(embed(batch["text"]))
+        return self.encoder(embed(batch["text"]), seen_text(batch["text"], self.cfg))
+
+    def memory_seen(self, batch):
+        """With hidden pads nothing of an empty caption is seen: dropped captions leave self-attention alone (Muse)."""
+        seen = seen_text(batch["text"], self.cfg)
+        return None if seen is None else seen & seen[:, 1:2]  # an empty caption is a begin token and pads
 
 
 CONDITIONS["encoder"] = TextEncoder
@@ -353,6 +499,10 @@ class Towers(Prior):
     def scale(self):
         return self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
 
+    def encode(self, ids, text):
+        """Ids to read (B, T), the captions that they come from -> the text encoder's states (B, T, D)."""
+        return self.encoder(self.embed(ids), seen_text(text, self.cfg))
+
     def text_feature(self, text, states):
         """text (B, T), the encoder's states of it (B, T, D) -> (B, D), float32, of norm 1."""
         seen = (text < self.cfg.n_vocab)[..., None]
@@ -366,7 +516,7 @@ class Towers(Prior):
 
     def features(self, text, codes):
         """text (B, T), codes (B, N) -> two (B, D), float32, of norm 1."""
-        return self.text_feature(text, self.encoder(self.embed(text))), self.image_feature(codes)
+        return self.text_feature(text, self.encode(text, text)), self.image_feature(codes)
 
     def corrupt(self, batch, seeds):
         mask_id = len(self.embedding.weight) - 1
@@ -382,7 +532,7 @@ class Towers(Prior):
         """Hidden words, and captions against images.  One pass of the text encoder reads corrupted and whole
         captions."""
         (read, target), text = batch["hidden_words"].unbind(1), batch["text"]
-        corrupted, whole = self.encoder(self.embed(torch.cat([read, text]))).chunk(2)  # (B, T, D)
+        corrupted, whole = self.encode(torch.cat([read, text]), torch.cat([text, text])).chunk(2)  # (B, T, D)
         text_feature, image_feature = self.text_feature(text, whole), self.image_feature(batch["codes"])
         with torch.autocast(text.device.type, enabled=False):
             contrast = info_nce(text_feature, image_feature, self.scale())
@@ -398,7 +548,7 @@ class Towers(Prior):
         own = torch.arange(n, device=cosine.device)
         nce = (F.cross_entropy(self.scale() * cosine, own) + F.cross_entropy(self.scale() * cosine.T, own)) / 2
         read, target = batch["hidden_words"].unbind(1)
-        words = self.words_loss(self.encoder(self.embed(read)), target)
+        words = self.words_loss(self.encode(read, batch["text"]), target)
         retrieved = (cosine.argmax(1) == own).sum()
         return {"text_loss": (words, (target >= 0).sum()), "image_loss": (nce * n, n), "retrieval": (retrieved, n)}
 
@@ -433,7 +583,7 @@ MODELS["towers"] = Towers
 
 RECIPE = {  # sec. 2, 4.1; ViT-VQGAN sec. 3; sizes, codebook and steps are a laptop's, for images of 64 pixels
     "vq": dict(backbone="vit", quantizer="st", stride=8, code_dim=32, l2_norm=True, n_res=4)
-    | dict(recon="l2", perceptual="vgg", perceptual_weight=0.1, discriminator="patch", gan=0.1, gan_adaptive=False),
+    | dict(recon="l2", perceptual="vgg", perceptual_weight=0.1, discriminator="stylegan", gan=0.1),
     "prior": dict(norm="layernorm", mlp="gelu", qk_norm=False, pos="learned", mask="conv")
     | dict(condition="encoder", n_encoder=2, n_layer=4, dropout=0.1)
     | dict(text_weight=0.0, bpe_dropout=0.0, beta2=0.96, weight_decay=0.045, clip=4.0),
@@ -453,6 +603,6 @@ if __name__ == "__main__":
         "parti",
         __doc__,
         expect="the right colours, numbers and places, in blocks of a patch; what is dark on black is lost by the ViT",
-        vq="--ch 32 --n_res 2 --gan_start 400 --gan_ramp 100 --gan_ch 16 --gan_layers 2 --lr 1e-3",
+        vq="--ch 32 --n_res 2 --gan_start 400 --gan_ramp 100 --gan_ch 16 --lr 1e-3",
         prior="--optimizer muon --lr 3e-3",
     )
