@@ -19,32 +19,42 @@ import torch
 
 from minit2i.checkpoint import file_hash, keep_copy, load_model, load_vq, read_config, write_file
 from minit2i.collectives import barrier
-from minit2i.config import RARE, Group, at_least, between, merge
-from minit2i.data import DataConfig, Skipped, captions, none_usable, parse_size, split, step_batches
+from minit2i.config import RARE, Group, above, at_least, between, merge, pick
+from minit2i.data import DataConfig, Skipped, captions, none_usable, parse_size, split, step_batches, without_captions
 from minit2i.flags import describe, parse_flags
 from minit2i.fp16 import make_scaler
-from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, View, conditions_of, prior_config, views_of
+from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, View, conditions_of, grow_vocabulary, prior_config, views_of
+from minit2i.gpt import with_codes
 from minit2i.papers import RECIPES, SIZES
 from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.plot import captioned_grid
 from minit2i.resume import Learner, load_state, save_run
 from minit2i.sample import SampleConfig, Sampler
-from minit2i.tokens import Coded, Crops, Text, code_cache, collate
+from minit2i.tokens import Coded, Crops, Text, code_cache, collate, new_vocabulary
 from minit2i.train import DTYPES, EMA, EVAL_SIZE, Log, Processes, TrainConfig
-from minit2i.train import check_finite, make_optimizer, n_params, optimizer_step, run, seed_step, steps
+from minit2i.train import check_finite, check_loss, make_optimizer, n_params, optimizer_step, resumed_schedule, run
+from minit2i.train import seed_step, steps
 from minit2i.vq import build_vq
+from minit2i.vqmodel import copy_tokenizer, tokenizer_config
 
 
 @dataclass(frozen=True)
 class PriorTrainConfig(TrainConfig):
     """How to train the prior."""
 
-    vq: Annotated[str, "the tokenizer's checkpoint folder; the run keeps a copy"] = "out/vq"
+    vq: Annotated[str, "the tokenizer's folder, or one that diffusers wrote (--vq_range); the run keeps a copy"] = "out/vq"
+    vq_range: Annotated[str, "range of its pixels, 0,1 or -1,1, if diffusers wrote that folder", Group("Data"), RARE] = ""
     cache: Annotated[str, "folder for the images' codes, which later runs find", Group("Data")] = "out/cache"
     crops: Annotated[int, "crops of each image; 1: the central one", Group("Data"), at_least(1)] = 1
-    vocab_size: Annotated[int, "tokens of the text model, which the first run trains", Group("Data"), at_least(1)] = (
-        2048
-    )
+    code_samples: Annotated[
+        int, "random codes of each crop, one for each epoch (DALL-E); 0: the most likely code", Group("Data"),
+        at_least(0), RARE,
+    ] = 0  # fmt: skip
+    code_temperature: Annotated[float, "temperature of those codes' logits", Group("Data"), above(0), RARE] = 1.0
+    vocab_size: Annotated[
+        int, "tokens of the text model, which the first run trains", Group("Data"), between(1, 10**6)
+    ] = 2048  # fmt: skip
+    grow_vocab: Annotated[bool, "extend --init's text model by new words, to --vocab_size", Group("Data"), RARE] = False
     bpe_dropout: Annotated[float, "probability to skip a merge of the text model", Group("Data"), between(0, 1)] = 0.1
     cond_drop: Annotated[float, "probability to drop the caption, for guidance", Group("Data"), between(0, 1)] = 0.1
     model_size: Annotated[str, f"a named size ({', '.join(SIZES)}); the model's flags win over it", Group("Model")] = ""
@@ -62,7 +72,10 @@ class PriorTrainConfig(TrainConfig):
     min_lr: float = 0.05
     ema: Annotated[float, "decay of the averaged weights, which are what is saved; 0: none", between(0, 1)] = 0.999
     optimizer: Annotated[str, "muon: Muon for the matrices of blocks, AdamW for the rest", ("adamw", "muon")] = "adamw"
-    strategy: Annotated[str, "several processes: replicas, or shards (FSDP2)", Group("Scale"), ("ddp", "fsdp")] = "ddp"
+    strategy: Annotated[
+        str, "replicas, shards (FSDP2), or shards within a node and replicas between nodes", Group("Scale"),
+        ("ddp", "fsdp", "hsdp"),
+    ] = "ddp"  # fmt: skip
     powersgd: Annotated[int, "rank of compressed gradients between replicas; 0: off", Group("Scale"), at_least(0)] = 0
     checkpoint_activations: Annotated[bool, "recompute blocks in the backward pass: less memory", Group("Scale")] = (
         False
@@ -87,28 +100,22 @@ class Data:
     skipped: Skipped | str = "no images"
 
 
-def keep_tokenizer(folder, out):
-    """Copy a tokenizer into the run's folder."""
-    for name in ("config.json", "model.safetensors"):
-        write_file(Path(out, name), Path(folder, name).read_bytes())
+def text_model(model, model_cfg, cfg, source, indices):
+    """The SentencePiece model (bytes) of a new run; None if a condition reads captions itself.  ValueError if there are
+    no captions."""
+    if any(condition.reads_captions for condition in conditions_of(model_cfg)):
+        return None
+    some = captions(source, indices[:: -(-len(indices) // 50_000)])  # at most 50,000 entries, evenly spaced
+    if (first := next(some, None)) is None:
+        raise none_usable(indices, without_captions(source, indices[:3]))
+    return new_vocabulary(cfg, model.vocabulary(model_cfg), chain([first], some))
 
 
-def keep_inputs(model, model_cfg, cfg, source, indices):
-    """Copy the tokenizers into the new run's folder and, unless a condition reads captions itself, its text model."""
-    words = None
-    if not any(condition.reads_captions for condition in conditions_of(model_cfg)):
-        words = model.vocabulary(model_cfg)
-        if words is None and cfg.init:
-            words = Path(cfg.init, "text.model").read_bytes()
-        elif words is None:  # at most 50,000 entries, evenly spaced over the training set
-            some = captions(source, indices[:: -(-len(indices) // 50_000)])
-            if (first := next(some, None)) is None:
-                raise none_usable(indices, [(source.key(int(i)), "no caption") for i in indices[:3]])
-            words = Text.train(chain([first], some), cfg.vocab_size)
-    keep_tokenizer(cfg.vq, Path(cfg.out, "vq"))
+def keep_inputs(model_cfg, cfg, words):
+    """Write a new run's text model (bytes or None), and copy its conditions' tokenizers into its folder."""
     for view in views_of(model_cfg):
         if view.vq:
-            keep_tokenizer(view.vq, Path(cfg.out, f"{view.key}_vq"))
+            copy_tokenizer(view.vq, Path(cfg.out, f"{view.key}_vq"))
     if words:
         write_file(Path(cfg.out, "text.model"), words)
 
@@ -148,28 +155,34 @@ def load_views(model_cfg, cfg, vq, device):
 def load_images(model, model_cfg, data_cfg, cfg, procs):
     """Captions -> text model, images -> codes, once.  ValueError if --init has learned the codes of another
     tokenizer."""
-    vq = load_vq(Path(cfg.out, "vq") if cfg.resume else cfg.vq, procs.device)
+    sets = (source, train), (val_source, val) = split(data_cfg)
+    if procs.main and not cfg.resume:
+        words = text_model(model, model_cfg, cfg, source, train)  # before anything is written: it may be impossible
+        copy_tokenizer(cfg.vq, Path(cfg.out, "vq"), cfg.vq_range, data_cfg.image_size)
+    barrier()
+    vq = load_vq(Path(cfg.out, "vq"), procs.device)
     if cfg.init and not cfg.resume and not trained_as(cfg.init).data:  # what learned from text alone has no tokenizer
         if file_hash(own := Path(cfg.init, "vq", "model.safetensors")) != vq.hash:
             raise ValueError(f"{cfg.init} learned the codes of another tokenizer than {cfg.vq}; use --vq {own.parent}")
     grid = vq.grid(*parse_size(data_cfg.image_size))
     model_cfg = with_codes(model_cfg, vq, grid)  # what does not fit is refused before anything is encoded
     views = load_views(model_cfg, cfg, vq, procs.device)
-    sets = (source, train), (val_source, val) = split(data_cfg)
     if procs.main and not cfg.resume:
-        keep_inputs(model, model_cfg, cfg, source, train)
+        keep_inputs(model_cfg, cfg, words)
     barrier()
     text = read_captions(model_cfg, cfg, sets, procs)
-    crops, val_crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed), Crops(val_source, val, data_cfg)
+    sampled = dict(samples=cfg.code_samples, temperature=cfg.code_temperature)
+    crops = Crops(source, train, data_cfg, cfg.crops, cfg.seed, **sampled)
+    val_crops = Crops(val_source, val, data_cfg)
 
     def caches(crops):
         return {key: code_cache(cfg.cache, crops, own, procs, view.f, view.name) for key, (view, own) in views.items()}
 
     train_caches, val_caches = caches(crops), caches(val_crops)
+    skipped = Skipped(procs.say)
+    skipped.add([*source.skipped, *val_source.skipped, *train_caches["codes"].skipped, *val_caches["codes"].skipped])
     if not val_caches["codes"].ok.any():  # a few images, and the one kept for validation is unusable
         val_source, val, val_caches = source, train, train_caches
-    skipped = Skipped(procs.say)
-    skipped.add([*source.damaged, *train_caches["codes"].skipped, *val_caches["codes"].skipped])
     procs.say(str(skipped))
     cond_drop = cfg.cond_drop if model.drops_captions else 0.0
     train_set = Coded(source, train, train_caches, text, cfg.seed, cfg.bpe_dropout, cond_drop)
@@ -188,9 +201,15 @@ def load_images(model, model_cfg, data_cfg, cfg, procs):
 def settle(model_cfg, data_cfg, cfg):
     """Fill in dependent fields -> (the model's class, and the configs); ValueError for settings that conflict."""
     model, model_cfg = prior_config(asdict(model_cfg))
+    if data_cfg.crop != "any" and cfg.crops == 1:
+        raise ValueError(f"crop {data_cfg.crop} places random crops, and --crops 1 is the central one; use --crops 4")
     if not data_cfg.image_size and not model.data:
-        saved = read_config(Path(cfg.out, "vq") if cfg.resume else cfg.init or cfg.vq)
+        folder = Path(cfg.out, "vq") if cfg.resume else cfg.init or cfg.vq
+        saved = read_config(folder) if cfg.resume or cfg.init else tokenizer_config(folder, cfg.vq_range)
+        if not saved["data"].get("image_size"):
+            raise ValueError(f"{folder} does not say the size of its images; give --image_size")
         data_cfg = replace(data_cfg, image_size=saved["data"]["image_size"])
+    check_vocabulary(model_cfg, cfg)
     if cfg.resume:
         before = read_config(cfg.out)["train"]
         for name in ("block_scale", "optimizer"):
@@ -199,12 +218,18 @@ def settle(model_cfg, data_cfg, cfg):
     return model, model_cfg, data_cfg, cfg
 
 
-def with_codes(model_cfg, vq, grid):
-    """A prior's config with what its tokenizer decides, for images of `grid` (h, w) codes."""
-    model_cfg = replace(model_cfg, n_codes=vq.cfg.n_codes, grid_h=grid[0], grid_w=grid[1])
-    for condition in conditions_of(model_cfg):
-        model_cfg = condition.fit(model_cfg, vq.cfg.stride)
-    return model_cfg
+def check_vocabulary(model_cfg, cfg):
+    """ValueError if --vocab_size or --grow_vocab would do nothing."""
+    asked = cfg.vocab_size not in (PriorTrainConfig.vocab_size, cfg.init and read_config(cfg.init)["train"].get("vocab_size"))
+    if cfg.grow_vocab and not cfg.init:
+        raise ValueError("--grow_vocab extends the text model of another run: it needs --init")
+    if cfg.grow_vocab and any(condition.reads_captions for condition in conditions_of(model_cfg)):
+        raise ValueError(f"--grow_vocab: --condition {model_cfg.condition} reads captions with a vocabulary of its own")
+    if asked and cfg.init and not (cfg.grow_vocab or cfg.resume):
+        raise ValueError(
+            f"--vocab_size {cfg.vocab_size}: the text model is that of --init {cfg.init}; leave it out, or add "
+            "--grow_vocab, which extends it"
+        )
 
 
 def make_model(model, model_cfg, cfg, data):
@@ -213,12 +238,14 @@ def make_model(model, model_cfg, cfg, data):
     model_cfg = replace(model_cfg, n_vocab=data.text.n_vocab)
     if data.vq:
         model_cfg = with_codes(model_cfg, data.vq, data.grid)
-    if cfg.resume and asdict(model_cfg) != read_config(cfg.out)["model"]:
+    if cfg.resume and model_cfg != pick(type(model_cfg), read_config(cfg.out)["model"]):
         raise ValueError(f"--resume cannot change the code grid or the text of {cfg.out}; use another --out")
     prior = model(model_cfg)
     prior.check(cfg.text_weight)
     if cfg.init and not cfg.resume:
-        load_model(cfg.init, prior, trained_as(cfg.init).tensors_for).train()
+        n_vocab, fit = read_config(cfg.init)["model"]["n_vocab"], trained_as(cfg.init).tensors_for
+        spelled = data.text.spelling(n_vocab) if cfg.grow_vocab else []
+        load_model(cfg.init, prior, lambda old, prior: fit(grow_vocabulary(old, n_vocab, spelled), prior)).train()
     elif not cfg.resume:
         prior.load_start()
     return prior
@@ -231,7 +258,7 @@ def say_sizes(model, model_cfg, data_cfg, cfg):
         if not Path(cfg.vq, "config.json").exists():
             return print(f"there is no tokenizer in {cfg.vq} yet: its codes decide the prior's size")
         with torch.device("meta"):
-            vq = build_vq(read_config(cfg.vq)["model"])
+            vq = build_vq(tokenizer_config(cfg.vq, cfg.vq_range)["model"])
         model_cfg = with_codes(model_cfg, vq, vq.grid(*parse_size(data_cfg.image_size)))
     with torch.device("meta"):
         prior = model(replace(model_cfg, n_vocab=model_cfg.n_vocab or cfg.vocab_size))
@@ -267,7 +294,8 @@ def draw_samples(model, data, cfg, device):
     batch.pop("n_cut")
     settings, n = merge(SampleConfig, model.Sampling)(seed=cfg.seed), model.n_shown * len(given)
     sampler = Sampler(settings, range(cfg.seed, cfg.seed + n), device)
-    found = model.sample(batch, data.text.encode("").to(device), sampler, data.text)
+    with torch.compiler.set_stance("force_eager"):  # blocks may be compiled, and each code would be another shape
+        found = model.sample(batch, data.text.encode("").to(device), sampler, data.text)
     if found is None:
         return None, None
     codes, written = found
@@ -281,9 +309,10 @@ def log_evaluation(model, data, log, step, cfg, procs):
     values, grid, shown = evaluate(model, data.val_set, cfg, procs), None, None
     check_finite(model, procs, step, values)
     whole = unsharded(model, procs)
-    if procs.main and data.shown:
+    if procs.main and data.shown and whole is not None:
         grid, shown = draw_samples(whole, data, cfg, procs.device)
     log.evaluation(step, values, ["image_loss", "text_loss", "grad_norm"], grid, prompts=json.dumps(shown))
+    barrier()
     procs.say(f"\nstep {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
 
@@ -326,6 +355,15 @@ def gradients(forward, model, parts, cfg, procs, scaler):
     return means
 
 
+def log_step(log, step, means, norm, learner, cfg, procs):
+    """Write a training step's losses, summed over the processes' shares, to the log."""
+    values = dict(zip(means, procs.sum([float(v) for v in means.values()])))
+    check_loss(values["loss"], learner.module, procs, step)
+    values |= {"grad_norm": float(norm), "lr": learner.optimizer.param_groups[0]["lr"]}
+    work = cfg.log_every * cfg.batch_size * learner.module.layout.length
+    log.write(step=step, **values, tokens_per_s=log.rate(work))
+
+
 def main():
     # --- configuration, processes, data ---
     parts = {"model": MODELS, "condition": CONDITIONS}
@@ -335,6 +373,7 @@ def main():
     if cfg.dry_run:
         return say_sizes(model, model_cfg, data_cfg, cfg)
     procs = Processes(cfg.device, cfg.precision)
+    cfg = resumed_schedule(cfg, procs)
     data = (model.data or load_images)(model, model_cfg, data_cfg, cfg, procs)
 
     # --- model and optimizer ---
@@ -379,10 +418,7 @@ def main():
         ema.update(model, step)
 
         if (step + 1) % cfg.log_every == 0:
-            values = dict(zip(means, procs.sum([float(v) for v in means.values()])))
-            values |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
-            work = cfg.log_every * cfg.batch_size * model.layout.length
-            log.write(step=step + 1, **values, tokens_per_s=log.rate(work))
+            log_step(log, step + 1, means, norm, learners["model"], cfg, procs)
     procs.say(
         f"{cfg.out} holds step {step}; {data.skipped}; {int(procs.sum([n_cut])[0])} captions were too long and were cut"
     )

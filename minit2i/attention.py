@@ -6,7 +6,7 @@ Training, cached sampling and the image of the masks all take it from MASKS; --m
 `attend` picks the fastest way that gives the dense mask's result (measured on CPUs; on GPUs by reading):
 
     whole sequence    causal or bidirectional: scaled_dot_product_attention (half precision on a CPU: explicit products)
-                      other masks on a GPU: FlexAttention with block masks, compiled
+                      other masks on a GPU: FlexAttention with block masks, compiled; the dense mask where it fails
                       other masks on a CPU: bands of queries, each with the rows or columns of codes that any of them
                       sees
     one new position  the keys that it sees; compiled: the whole cache under one row of the mask
@@ -19,6 +19,7 @@ Shapes: B batch, H heads, S queries, M keys, K head size, P prefix length, h w c
 """
 
 import math
+import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -171,7 +172,7 @@ class AttentionMask(nn.Module):
     def block_mask(self, device):
         """FlexAttention's block mask of the reordered sequence, made once for each device."""
         if device not in self.block_masks:
-            order, layout, rule = self.order, self.layout, MASKS[self.name]
+            order, layout, rule = self.order.to(device), self.layout, MASKS[self.name]
             self.block_masks[device] = create_block_mask(
                 lambda b, h, q, k: rule(order[q], order[k], layout),
                 None, None, layout.length, layout.length, device=device,
@@ -211,7 +212,11 @@ def attend(q, k, v, mask, start=0, alpha=None, seen=None):
         return dense_attention(q, k, v, mask.dense[start:stop, :stop], alpha=alpha, seen=seen)
     if mask.is_open:
         return dense_attention(q, k, v, alpha=alpha, seen=seen)
-    return (flex if q.is_cuda else banded)(q, k, v, mask, alpha, seen)
+    if not q.is_cuda:
+        return banded(q, k, v, mask, alpha, seen)
+    if can_flex(q.shape[-1], q.dtype, q.device):
+        return flex(q, k, v, mask, alpha, seen)
+    return dense_attention(q, k, v, mask.dense, alpha=alpha, seen=seen)
 
 
 def visible(mask, seen):
@@ -297,6 +302,38 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
+FLEX = {}  # (head size, dtype, device) -> whether FlexAttention works for it
+
+
+def can_flex(size, dtype, device):
+    """Whether FlexAttention compiles for heads of this size, forward and backward: tried once.
+
+    It needs Triton (none on Windows), a size of 16 or more, and a card whose shared memory holds a block of keys.
+    """
+    key = size, dtype, device
+    if torch.compiler.is_compiling():  # nothing can be tried while a compiler traces: see `prepare`
+        return FLEX.get(key, True)
+    if key not in FLEX:
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                x = torch.zeros(1, 1, 128, size, dtype=dtype, device=device, requires_grad=True)
+                compiled_flex()(x, x, x).sum().backward()
+            FLEX[key] = True
+        except Exception as e:  # of three compilers
+            FLEX[key] = False
+            why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            warnings.warn(f"FlexAttention does not work here for heads of {size}: dense masks, more memory ({why})")
+    return FLEX[key]
+
+
+def prepare(model, head_size, dtype, device):
+    """Before a model's blocks are compiled: try FlexAttention and make the block masks, which would break the graph."""
+    for mask in model.modules():
+        if isinstance(mask, AttentionMask) and not mask.is_open and device.type == "cuda":
+            if can_flex(head_size, dtype, device):
+                mask.block_mask(device)
+
+
 def flex(q, k, v, mask, alpha=None, seen=None):
     """The whole sequence with FlexAttention, rows or columns contiguous so that whole blocks are skipped.
 
@@ -310,6 +347,8 @@ def flex(q, k, v, mask, alpha=None, seen=None):
     def hide(score, b, h, q, k):
         return torch.where(shown[b, k], score, -math.inf)
 
-    score_mod = None if seen is None else hide
-    y = compiled_flex()(q, k, v, score_mod, block_mask=mask.block_mask(q.device), scale=scale)
+    score_mod, run = None if seen is None else hide, flex_attention
+    if not torch.compiler.is_compiling():  # else it becomes part of the graph at hand
+        run = compiled_flex()
+    y = run(q, k, v, score_mod, block_mask=mask.block_mask(q.device), scale=scale)
     return y.index_select(2, mask.inverse) if mask.by_columns else y

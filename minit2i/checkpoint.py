@@ -10,25 +10,31 @@ import hashlib
 import json
 import os
 import shutil
+import struct
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensors_to_bytes
 
 from minit2i.vq import build_vq
+
+# safetensors' names of types
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 # --- files ---------------------------------------------------------------------------------------------
 
 
 def write_file(path, data):
-    """Write bytes or str atomically.  OSError names the path."""
+    """Write bytes, str or an iterator of buffers atomically.  OSError names the path."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            data = data.encode() if isinstance(data, str) else data
+            f.writelines([data] if isinstance(data, bytes) else data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -39,9 +45,19 @@ def write_file(path, data):
 
 
 def save_tensors(path, tensors, **meta):
-    """Named tensors and JSON-able metadata -> one safetensors file, written atomically."""
-    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
-    write_file(path, tensors_to_bytes(tensors, metadata={k: json.dumps(v) for k, v in meta.items()}))
+    """Named tensors and JSON-able metadata -> one safetensors file, written atomically.
+
+    Tensor by tensor: main memory need not hold the state once more.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda pair: -pair[1].element_size()))  # each is aligned in the file
+    header, end = {"__metadata__": {k: json.dumps(v) for k, v in meta.items()}}, 0
+    for k, v in tensors.items():
+        start, end = end, end + v.numel() * v.element_size()
+        header[k] = {"dtype": DTYPES[v.dtype], "shape": [*v.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = (v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for v in tensors.values())
+    write_file(path, chain([struct.pack("<Q", len(text)), text], data))
 
 
 def load_tensors(path):

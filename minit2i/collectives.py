@@ -1,7 +1,31 @@
 """Collective operations: torch.distributed if it is initialised, otherwise their results for one process."""
 
+from datetime import timedelta
+from functools import cache
+
 import torch
 import torch.distributed as dist
+
+
+def connect(device):
+    """Join the processes that torchrun started.
+
+    NCCL gives up after minutes, as a job that hangs holds its GPUs: where the others wait for one (which trains the text
+    model, encodes its share, samples or saves), `barrier` and `gather_objects` wait hours on the CPU.
+    """
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timedelta(minutes=15), device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+
+
+PATIENCE = timedelta(hours=4)
+
+
+@cache
+def patient(world):
+    """A group of the same processes that waits for hours, made once; all ask for it at the same place."""
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def rank_and_world():
@@ -43,11 +67,11 @@ def gather_objects(thing):
     if rank_and_world()[1] == 1:
         return [thing]
     things = [None] * rank_and_world()[1]
-    dist.all_gather_object(things, thing)
+    dist.all_gather_object(things, thing, group=patient(dist.group.WORLD))
     return things
 
 
 def barrier():
     """Wait until all processes are here."""
     if rank_and_world()[1] > 1:
-        dist.barrier()
+        dist.barrier(patient(dist.group.WORLD))

@@ -576,7 +576,7 @@ class GPT(Prior):
         self.codes_ahead = any(mask.codes_ahead for mask in self.attention_masks.values())
         self.norm = make_norm(cfg, cfg.n_embd)
         self.make_heads(cfg)
-        self.compiled_trunk = None  # see compile_step
+        self.compiled_step = None  # see compile_step
         init_weights(self, cfg.n_layer)
 
     def make_heads(self, cfg):
@@ -700,9 +700,19 @@ class GPT(Prior):
     # --- sampling
 
     def compile_step(self):
-        """Compile the step that samples a code.  On a CPU one dynamic graph serves every length (`Cache.upto`)."""
+        """Compile the step that samples a code, as gpt-fast does: on a GPU one CUDA graph, replayed for each code.
+
+        On a CPU one dynamic graph serves every length (`Cache.upto`).
+        """
+        torch._dynamo.config.recompile_limit = 64  # batch sizes and settings of sampling
         dynamic = None if self.embedding.weight.is_cpu else False
-        self.compiled_trunk = torch.compile(self.trunk, dynamic=dynamic, mode="reduce-overhead")
+        self.compiled_step = torch.compile(self.step, dynamic=dynamic, mode="reduce-overhead")
+
+    def step(self, code, at, cache, sampler, scale, uniform):
+        """The code (B,) at position `at`, an int or tensor (1,) -> the next one (B,), n_codes for NaN and Inf."""
+        code = code.clamp_max(self.cfg.n_codes - 1)[:, None]
+        state = self.trunk(self.embed_codes(torch.cat([code, code]) if sampler.guided else code), at, cache)
+        return sampler.draw(self.image_head(state)[:, 0].float(), scale, uniform)
 
     @torch.inference_mode()
     def generate(self, batch, empty, sampler, known=None, watch=None):
@@ -734,21 +744,21 @@ class GPT(Prior):
         cache = prompts.spread(self, rows, p + n_image - 1)  # a prompt is read once for all its images
         if first:
             state = self.trunk(self.embed_codes(doubled(codes[:, :first])), p, cache)[:, -1:]
-        places = torch.arange(p, p + n_image, device=device)
+        scales, places = [sampler.scale((i + 1) / n_image) for i in range(n_image)], range(p, p + n_image)
+        if self.compiled_step:  # numbers that change would be compiled anew
+            scales, places = torch.tensor(scales, device=device), torch.arange(p, p + n_image, device=device)[:, None]
         for i in range(first, stop):
-            u = (i + 1) / n_image
-            logits = sampler.guide(self.image_head(state)[:, 0].float(), u)  # (B, V)
-            code = sampler.pick(sampler.filter(logits), noise[:, i])
+            if i == first:
+                code = sampler.draw(self.image_head(state)[:, 0], scales[i], noise[:, i])
+            elif self.compiled_step:
+                short = cache.upto(p + i)
+                code = self.compiled_step(codes[:, i - 1], places[i - 1], short, sampler, scales[i], noise[:, i])
+            else:
+                code = self.step(codes[:, i - 1], places[i - 1], cache, sampler, scales[i], noise[:, i])
             codes[:, i] = torch.where(given[:, i], codes[:, i], code) if forced[i] else code
             if watch:
-                watch(codes)
-            if i + 1 < stop:
-                x = self.embed_codes(doubled(codes[:, i : i + 1]))
-                if self.compiled_trunk:
-                    state = self.compiled_trunk(x, places[i : i + 1], cache.upto(p + i + 1))
-                else:
-                    state = self.trunk(x, p + i, cache)
-        return codes
+                watch(codes.clamp_max(self.cfg.n_codes - 1))
+        return sampler.valid(codes, self.cfg.n_codes)
 
     def sample(self, batch, empty, sampler, text):
         return self.generate({k: v for k, v in batch.items() if k != "codes"}, empty, sampler), None

@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 
 from minit2i.checkpoint import file_hash, load_model, load_vq, read_config
-from minit2i.config import Settings, at_least, between, merge, pick
+from minit2i.config import Settings, at_least, between, known, merge, pick
 from minit2i.gpt import MODELS, build_prior, conditions_of, views_of
 from minit2i.tokens import Text
 from minit2i.vq import shrink
@@ -48,7 +48,7 @@ class SampleConfig(Settings):
     top_p: Annotated[float, "keep the likeliest codes that hold this probability", between(0, 1, open=True)] = 0.9
     min_p: Annotated[float, "drop codes less than this times as likely as the likeliest", between(0, 1)] = 0.0
     negative: Annotated[str, "negative prompt, which guidance leads away from (Muse); '' : no caption"] = ""
-    seed: Annotated[int, "image i of prompt k (both from 0) has seed + k n + i"] = 0
+    seed: Annotated[int, "image i of prompt k (both from 0) has seed + k n + i", between(-(2**62), 2**62)] = 0
 
 
 # --- from logits to a code -----------------------------------------------------------------------------
@@ -79,6 +79,7 @@ def top_p(logits, p):
     ordered, index = logits.sort(descending=True)
     probability = ordered.softmax(-1)
     out = probability.cumsum(-1) - probability >= p  # the likelier codes already reach p
+    out[..., 0] = False  # though p be less than float32 can tell from 0
     return logits.masked_fill(out.scatter(-1, index, out), -torch.inf)
 
 
@@ -102,6 +103,10 @@ def sample_code(logits, uniform):
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
 
+class NotFinite(ValueError):
+    """A prompt's logits are NaN or Inf; others may be sampled."""
+
+
 class Sampler:
     """Guidance, filters and random numbers of a batch of images.  Models call it between logits and codes.
 
@@ -121,9 +126,12 @@ class Sampler:
         """The next uniform numbers of each image: (B, *shape) in [0, 1)."""
         return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(self.device)
 
-    def guide(self, logits, u):
+    def scale(self, u):
+        """The scale of guidance when the fraction u of an image is sampled."""
+        return SCHEDULES[self.cfg.cfg_schedule](self.cfg.cfg_scale, u)
+
+    def guide(self, logits, scale):
         """Conditional, then unconditional logits (2B, ...) -> guided (B, ...) in float32; unchanged if not `guided`."""
-        scale = SCHEDULES[self.cfg.cfg_schedule](self.cfg.cfg_scale, u)
         return guide(*logits.float().chunk(2), scale) if self.guided else logits.float()
 
     def filter(self, logits):
@@ -132,16 +140,23 @@ class Sampler:
             logits = f(logits, getattr(self.cfg, name))
         return logits
 
+    def draw(self, logits, scale, uniform):
+        """Logits (2B or B, V), uniform (B,) -> codes (B,), V for NaN and Inf.  Changes nothing: it can be compiled."""
+        return sample_code(self.filter(self.guide(logits, scale)), uniform)
+
+    def valid(self, codes, n_codes):
+        """Codes as drawn, without what is none; `check` tells of it: raising here would wait for the GPU."""
+        self.finite = self.finite & (codes < n_codes).all()
+        return codes.clamp_max(n_codes - 1)
+
     def pick(self, logits, uniform):
-        """`sample_code`, but NaN and Inf are left to `check`: raising here would wait for the GPU at each code."""
-        codes, last = sample_code(logits, uniform), logits.shape[-1] - 1
-        self.finite = self.finite & (codes <= last).all()
-        return codes.clamp_max(last)
+        """`sample_code`, `valid`."""
+        return self.valid(sample_code(logits, uniform), logits.shape[-1])
 
     def check(self):
-        """ValueError if any logits were NaN or Inf."""
+        """NotFinite if any logits were NaN or Inf."""
         if not self.finite:
-            raise ValueError(
+            raise NotFinite(
                 f"logits are NaN or Inf: cfg_scale {self.cfg.cfg_scale} or temperature {self.cfg.temperature} is too "
                 "extreme, or training has diverged; try --cfg_scale 1, or an earlier checkpoint"
             )
@@ -150,7 +165,8 @@ class Sampler:
 # --- images larger than the model's grid ---------------------------------------------------------------
 
 # Name -> f(grid (H, W), window (h, w), step) -> [(top, left, place)], windows in order; place (row, column): the one
-# code that is sampled there, None: all.  A model's `window_plan` names its own.  Filled by papers/taming, cogview.
+# code that is sampled there, a number: that many rows.  A model's `window_plan` names its own.  Filled by papers/taming,
+# cogview.
 WINDOW_PLANS = {}
 
 
@@ -162,17 +178,12 @@ def slide(sample, codes, window, plan, watch=None):
     """
     codes, (h, w) = codes.clone(), window
     for k, (top, left, place) in enumerate(plan):
-        part = codes[:, top : top + h, left : left + w]
-        if place is not None:  # codes later in raster order are not read: any value does
-            row, column = place
-            part = part.clamp_min(0)
-            part[:, row, column] = codes[:, top + row, left + column]
-        if (part < 0).any():
-            sampled = sample(part, k, top, left)
-            if place is None:
-                codes[:, top : top + h, left : left + w] = sampled
-            else:
-                codes[:, top + row, left + column] = sampled[:, row, column]
+        part = codes[:, top : top + h, left : left + w]  # a view
+        at = (slice(None), slice(place)) if isinstance(place, int) else (slice(None), *place)
+        given = part.clamp_min(0)  # what is not sampled here comes later in raster order, unread: any value does
+        given[at] = part[at]
+        if (given < 0).any():
+            part[at] = sample(given, k, top, left)[at]
         if watch:
             watch(codes)
     return codes
@@ -188,9 +199,18 @@ def find_model(name):
 
 def sample_settings(*configs):
     """The SampleConfig class with the extra settings of the models that these config.json dicts describe."""
-    if wrong := [c for c in configs if c.get("kind") != "prior"]:
-        raise ValueError(f"the folder holds a {wrong[0].get('kind')}, not a prior; train_prior.py makes one")
     return merge(SampleConfig, *(MODELS[c["model"]["model"]].Sampling for c in configs))
+
+
+def check_prior(config, flag, folder):
+    """ValueError unless a folder's config.json is that of a prior with images; flag: what named the folder."""
+    if config.get("kind") != "prior":
+        raise ValueError(f"{flag} {folder} holds a tokenizer, not a prior; train_prior.py makes one")
+    if known(MODELS, "model", config["model"].get("model")).data:
+        raise ValueError(
+            f"{flag} {folder} holds a language model, which knows no images; train a prior that starts from it: "
+            f"train_prior.py --model llama --llama {Path(folder, 'lm')}"
+        )
 
 
 def load_text(folder, cfg, device="cpu"):
@@ -229,6 +249,7 @@ class Pipeline:
         of the same codes, finetuned or enlarging; compile: compile the loop over codes: pays for many images."""
         folder, self.device = find_model(folder), torch.device(device)
         self.config = read_config(folder)
+        check_prior(self.config, "the folder", folder)
         settings = sample_settings(self.config)
         self.model = load_model(folder, build_prior(self.config["model"])).to(self.device, dtype).requires_grad_(False)
         if compile:
@@ -252,10 +273,13 @@ class Pipeline:
         """Sample codes: all images of a prompt, then the next prompt's -> (P*n, h, w).
 
         known (P*n, h, w): given codes, -1 where to sample; its grid may be larger than the model's.  coarse
-        (P*n, h/f, w/f): codes of the smaller images, for a super-resolution prior.  watch(codes): called as they grow.
+        (P*n, h/f, w/f): codes of the smaller images, for a super-resolution prior, or (f = 1) of a spatial condition.
+        watch(codes): called as they grow.
         seeds: of the P*n images, default cfg.seed and those after it.  ValueError if the sizes do not fit.
         """
         b, own, f = len(prompts) * cfg.n, self.grid, self.view.ratio if self.view else 0
+        if f == 1 and coarse is None:
+            raise ValueError(f"this prior needs --image, an image whose {self.view.name} it is conditioned on")
         if bool(f) != (coarse is not None):
             need = "enlarges images: give it with --enlarge, beside the --model" if f else "does not enlarge images"
             raise ValueError(f"this prior {need} (--condition text,coarse trains one that does)")
@@ -284,17 +308,18 @@ class Pipeline:
             return sample(known, watch=watch)
         return slide(sample, known, own, WINDOW_PLANS[self.model.window_plan](grid, own, step), watch)
 
-    def sample_prompts(self, prompts, cfg, known=None, batch=64, watch=None):
+    def sample_prompts(self, prompts, cfg, known=None, batch=64, watch=None, condition=None):
         """[(k, prompt)] -> codes (len(prompts), n, h, w), at most `batch` images of each prompt at a time.
 
-        Image i of prompt k has seed cfg.seed + k n + i.  known (1, h, w): given codes of all images.
+        Image i of prompt k has seed cfg.seed + k n + i.  known (1, h, w): given codes of all images; condition
+        (1, h, w): the codes of their spatial condition.
         """
         parts, texts = [], [prompt for _, prompt in prompts]
         for first in range(0, cfg.n, batch):
             some = range(first, min(first + batch, cfg.n))
             seeds = [cfg.seed + k * cfg.n + i for k, _ in prompts for i in some]
-            given = None if known is None else known.expand(len(seeds), -1, -1)
-            codes = self.sample_codes(texts, replace(cfg, n=len(some)), given, watch=watch, seeds=seeds)
+            given, map_ = (None if x is None else x.expand(len(seeds), -1, -1) for x in (known, condition))
+            codes = self.sample_codes(texts, replace(cfg, n=len(some)), given, map_, watch, seeds)
             parts.append(codes.unflatten(0, (len(texts), -1)))
         return torch.cat(parts, 1)
 

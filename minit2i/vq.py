@@ -9,6 +9,7 @@ papers/ add backbones, quantizers, losses and upsamplers to the registries below
 Shapes: B batch, H W image, h w code grid, N = B*h*w latents, C latent channels, V codebook size.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
@@ -135,6 +136,19 @@ RECON_LOSSES["l2"] = lambda maps, image, target: (image - target).square().mean(
 # All statistics are all-reduced: N ranks match one rank on the same global batch.
 
 
+@contextlib.contextmanager
+def exact_products(device):
+    """Context in which a GPU multiplies float32 matrices in float32, not in TF32, whose 11 bits choose other codes."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
 def nearest_code(z, codebook, block=2**22):
     """Index of the nearest codebook entry.
@@ -143,7 +157,7 @@ def nearest_code(z, codebook, block=2**22):
     same for every code and left out.  VQ-VAE, arXiv:1711.00937 eq. 1.  Both are taken relative to the codes' mean: far
     from zero the terms would cancel (at an offset of 300 a tenth of the codes was wrong).
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False), exact_products(z.device):
         mean = codebook.float().mean(0)
         z, codebook = z.float() - mean, codebook.float() - mean
         norm, rows = codebook.square().sum(1), max(1, block // len(codebook))

@@ -6,12 +6,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from priors import batch, build
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from minit2i import attention
 from minit2i.attention import MASK_ORDERS, MASKS, AttentionMask, Layout, attend, banded, dense_attention, flex
 from minit2i.attention import layer_masks, products
 from minit2i.fp16 import ALPHA
+from minit2i.parallel import compile_blocks
 
 # Rounding of float32 attention: a score sums K = 16 products, an output up to 360 values, of size about 1.
 ATOL = {torch.float64: 1e-12, torch.float32: 400 * torch.finfo(torch.float32).eps}
@@ -190,6 +193,56 @@ def test_flex_attention_is_compiled_once_for_all_batches(monkeypatch):
         y = flex(*inputs, mask, seen=seen)
         assert torch.allclose(y, reference(*inputs, mask.dense, seen), atol=ATOL[torch.float32])
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_heads_that_flex_cannot_compile_take_the_dense_mask(failing, monkeypatch):
+    """Below 16, without Triton, with too little shared memory: found once, said once, before anything is traced."""
+    tried = []
+
+    def compiled():
+        tried.append(1)
+        return (lambda *args, **how: 1 / 0) if failing else lambda q, k, v, *args, **how: q
+
+    monkeypatch.setattr(attention, "compiled_flex", compiled)
+    monkeypatch.setattr(attention, "FLEX", {})
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(attention, "flex", lambda q, *_: q)
+    mask = AttentionMask("row", Layout(5, 7, 4))
+    inputs = qkv(33, torch.float32)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ys = [attend(*inputs, mask, seen=seen) for seen in (None, pads(33))]
+    assert len(tried) == 1 and len(said) == failing
+    for y, seen in zip(ys, (None, pads(33))):
+        expected = reference(*inputs, mask.dense, seen) if failing else inputs[0]
+        assert torch.allclose(y, expected, atol=ATOL[torch.float32])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", ["learned", "hidden"])
+def test_compiled_training_with_flex_has_one_graph_for_a_mask_and_no_break(hidden, monkeypatch):
+    """Block masks are there before anything is traced, and FlexAttention becomes part of a block's graph."""
+    names = ["causal", "row", "column", "conv", "window", "row", "causal"]
+    model = build(n_layer=len(names), mask=",".join(names), pads=hidden, grid_h=12, grid_w=12)
+    inputs = batch(model, 2)
+    expected = sum(model.loss(inputs).values())
+    grads = torch.autograd.grad(expected, [*model.parameters()])
+    fully = torch.compile
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # forward only on a CPU
+    monkeypatch.setattr(attention, "banded", flex)
+    monkeypatch.setattr("torch.compile", lambda f: fully(f, backend="aot_eager", fullgraph=True))
+    for mask in model.attention_masks.values():
+        mask.block_mask(torch.device("cpu"))
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(model, torch.float32, torch.device("cpu"))
+    for _ in range(3):
+        loss = sum(model.loss(inputs).values())
+        found = torch.autograd.grad(loss, [*model.parameters()])
+        assert counters["stats"]["unique_graphs"] == len(set(names)) and not counters["graph_break"]
+        assert torch.allclose(loss, expected)
+        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(found, grads))
 
 
 @pytest.mark.parametrize("name", [name for name in MASKS if name != "bidirectional"])

@@ -1,6 +1,7 @@
 """The evaluation's commands, and the records that say how their figures came about."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -167,6 +168,24 @@ def test_enlarged_images_are_measured_against_the_originals(sets, tmp_path):
     assert figures["tokenizer"]["psnr"] == pytest.approx(float(psnr(again, images).mean()), abs=1e-4)
     small = torch.nn.functional.interpolate(pipe.vq.decode(pipe.vq.encode(shrink(images, 2))), (32, 32), mode="bicubic")
     assert figures["bicubic"]["psnr"] == pytest.approx(float(psnr(small.clamp(-1, 1), images).mean()), abs=1e-4)
+
+
+def test_finer_codes_are_measured_against_the_coarser_tokenizer(sets, tmp_path):
+    """Muse: "bicubic" is what the coarser tokenizer gives back of the image, at the same size or a smaller one."""
+    coarse = make_vq(tmp_path / "coarse", seed=5)
+    settings = dict(model="masked", condition="text,coarse_codes", coarse_vq=str(coarse), coarse_ratio=2, n_layer=1)
+    larger = make_prior(tmp_path / "larger", grid_h=6, grid_w=8, vq=dict(stride=4), **settings)
+    shutil.copytree(coarse, larger / "coarse_vq")
+    figures = record_of(tmp_path, f"enlarge --model {larger} --images {sets / 'a'} --n_images 3 --enlarge_steps 2")[
+        "figures"
+    ]
+    images = torch.stack(evaluate.captioned(evaluate.open_source(str(sets / "a"), None), range(3), Pipeline(larger))[0])
+    vq = Pipeline(larger).view_vq
+    assert images.shape == (3, 3, 24, 32)
+    assert figures["bicubic"]["psnr"] == pytest.approx(
+        float(psnr(vq.decode(vq.encode(images)), images).mean()), abs=1e-2
+    )
+    assert figures["tokenizer"]["psnr"] != figures["bicubic"]["psnr"] and figures["n"] == 3
 
 
 def test_recall_finds_the_captions_own_image(prior, sets, tmp_path, monkeypatch, capsys):

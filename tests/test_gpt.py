@@ -339,7 +339,7 @@ def naive(model, inputs, n=2, known=None, **settings):
         for i in range(model.cfg.n_image):
             u, both = (i + 1) / model.cfg.n_image, [one, one | {"text": empty_of(inputs)[None]}]
             logits = torch.cat([model.logits(x | {"codes": codes})[1][:, i] for x in both[: 1 + sampler.guided]])
-            codes[:, i] = sampler.pick(sampler.filter(sampler.guide(logits, u)), noise[:, i])
+            codes[:, i] = sampler.pick(sampler.filter(sampler.guide(logits, sampler.scale(u))), noise[:, i])
             if known is not None and known[b, i] >= 0:
                 codes[:, i] = known[b, i]
         out.append(codes[0])
@@ -531,8 +531,8 @@ def test_the_compiled_loop_samples_the_same_from_few_graphs(mask, pads, monkeypa
     monkeypatch.setattr("torch.compile", lambda f, mode, **how: compiled(f, backend=backend, fullgraph=True, **how))
     torch._dynamo.reset()
     model.compile_step()
-    step = model.compiled_trunk
-    model.compiled_trunk = lambda x, at, cache: lengths.add(cache.kv[0][0].shape[2]) or step(x, at, cache)
+    step = model.compiled_step
+    model.compiled_step = lambda code, at, cache, *more: lengths.add(cache.kv[0][0].shape[2]) or step(code, at, cache, *more)
     for _ in range(2):  # the second time with another cache
         assert generate(model, inputs).equal(expected)
     assert len(graphs) == 2 and lengths == {32, 64, 96, 128, 5 + 143}

@@ -7,27 +7,39 @@ The loop is the independent reference; transformers' T5EncoderModel with random 
 import io
 import json
 import math
+import pickle
 import shutil
 
 import pytest
 import sentencepiece
 import torch
-from priors import EMPTY, GPT2, batch, big, build
+from PIL import Image
+from conftest import COMMON_FLAGS
+from priors import EMPTY, GPT2, batch, big, build, empty_of
+from processes import call
 from safetensors.torch import save_file
+from untrained import make_vq
 
+import train_prior
+from minit2i import sample_cli
+from minit2i.checkpoint import file_hash, read_config
 from minit2i.config import merge
 from minit2i.gpt import prior_config
-from minit2i.papers.muse import MaskedSampling, T5Text, folder_hash, hide, hide_each, load_t5, n_still_hidden
+from minit2i.papers.muse import CoarseCodes, MaskedSampling, T5Text
+from minit2i.papers.muse import folder_hash, hide, hide_each, load_t5, n_still_hidden
 from minit2i.sample import SampleConfig, Sampler
 from minit2i.train import Processes
+from minit2i.vq import shrink
 
 GRID = dict(model="masked", grid_h=4, grid_w=4, n_codes=13)
+CASCADE = GRID | dict(condition="t5,coarse_codes")
 
 
-def sample(model, inputs, n=2, known=None, watch=None, **settings):
+def sample(model, inputs, n=2, known=None, watch=None, negative=None, **settings):
     cfg = merge(SampleConfig, MaskedSampling)(**settings)
     sampler = Sampler(cfg, range(cfg.seed, cfg.seed + n * len(inputs["text"])))
-    return model.generate({k: v for k, v in inputs.items() if k != "codes"}, EMPTY, sampler, known, watch)
+    empty = empty_of(inputs) if negative is None else negative
+    return model.generate({k: v for k, v in inputs.items() if k != "codes"}, empty, sampler, known, watch)
 
 
 @pytest.fixture
@@ -146,21 +158,28 @@ def test_the_most_confident_codes_are_kept_first(model):
         assert seen[0][b, kept].equal(code[b, kept])
 
 
-@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
-def test_sampling_equals_a_naive_loop(cfg_scale):
-    """MaskGIT sec. 3.2: Gumbel noise on the log probability falls to 0 with u = (step + 1) / steps; one image at a time."""
-    model = big(build(**GRID, **GPT2)).double().requires_grad_(False)
-    inputs, settings = batch(model, 2), dict(steps=5, cfg_scale=cfg_scale, temperature=0.9, choice_noise=4.5)
-    expected = []
+@pytest.mark.parametrize(
+    "kind, cfg_scale, negative",
+    [(GRID, 1.0, False), (GRID, 3.0, False), (GRID, 3.0, True), (CASCADE, 3.0, False), (CASCADE, 3.0, True)],
+    ids=["plain", "guided", "negative", "cascade", "cascade-negative"],
+)
+def test_sampling_equals_a_naive_loop(kind, cfg_scale, negative):
+    """MaskGIT sec. 3.2: Gumbel noise on the log probability falls to 0 with u = (step + 1) / steps; one image at a time.
+
+    A negative prompt stands in the unconditional half, which has the coarse codes as well; they have steps of their own.
+    """
+    model = big(build(**kind, **GPT2)).double().requires_grad_(False)
+    inputs, settings = batch(model, 2), dict(cfg_scale=cfg_scale, temperature=0.9, choice_noise=4.5)
+    settings |= dict(steps=2, enlarge_steps=5) if kind is CASCADE else dict(steps=5, enlarge_steps=2)
+    expected, away = [], batch(model, 2, seed=9)["text"][1] if negative else empty_of(inputs)
     for b in range(4):
         sampler = Sampler(merge(SampleConfig, MaskedSampling)(**settings), [b])
         codes, text = torch.full((16,), -1), inputs["text"][b // 2]
+        rest = {k: v[b // 2][None] for k, v in inputs.items() if k == "coarse"}
         for step in range(5):
             u, (noise, choice) = (step + 1) / 5, sampler.uniform(2, 16)[0]
-            rows = [text, EMPTY][: 1 + sampler.guided]
-            logits = sampler.guide(
-                torch.cat([model.logits({"text": t[None], "codes": codes[None]})[1] for t in rows]), u
-            )[0]
+            rows = [{"text": t[None], "codes": codes[None]} | rest for t in (text, away)[: 1 + sampler.guided]]
+            logits = sampler.guide(torch.cat([model.logits(row)[1] for row in rows]), sampler.scale(u))[0]
             sampled, confidence = sampler.pick(sampler.filter(logits), noise), {}
             for n in range(16):
                 if codes[n] < 0:
@@ -170,7 +189,7 @@ def test_sampling_equals_a_naive_loop(cfg_scale):
             for n in sorted(confidence, key=confidence.get)[n_stay:]:
                 codes[n] = sampled[n]
         expected.append(codes)
-    assert sample(model, inputs, **settings).equal(torch.stack(expected))
+    assert sample(model, inputs, negative=away, **settings).equal(torch.stack(expected))
 
 
 @pytest.mark.parametrize("setting", [dict(cfg_schedule="constant"), dict(choice_noise=0.0), dict(steps=4)], ids=str)
@@ -198,8 +217,121 @@ def test_coarse_codes_condition_a_masked_prior():
         other[:, place] = (other[:, place] + 1) % 13
         assert ((model.logits(inputs | {"coarse": other})[1] - logits).abs().amax(2) > 1e-5).all()
     del inputs["visible_codes"]
-    codes = sample(model, inputs, n=1, steps=3)
+    seen = []
+    codes = sample(model, inputs, n=1, steps=3, watch=lambda c: seen.append(c.clone()))
     assert codes.shape == (2, 16) and (codes >= 0).all() and model.window_plan == "centre_outward"
+    assert len(seen) == 8  # Muse: 8 steps for super-resolution
+
+
+# --- cross-attention, and super-resolution ---
+
+
+@pytest.mark.parametrize("condition", ["t5", "encoder", "encoder,coarse_codes"])
+def test_a_dropped_caption_attends_to_nothing(condition):
+    """Muse sec. 2.7: without the text, attention is that of image tokens to themselves."""
+    model = big(build(**GRID | GPT2 | dict(condition=condition, pads="hidden", dropout=0.0))).double()
+    inputs = batch(model, 3)
+    inputs["visible_codes"] = inputs["codes"].masked_fill(torch.rand(3, 16) < 0.5, -1)
+    dropped = inputs | {"text": empty_of(inputs).expand_as(inputs["text"])}
+    logits = model.logits(dropped)[1]
+    model.loss(dropped)["image"].backward()
+    text = [p for k, p in model.conditions.named_parameters() if ".encoder.blocks" in k or k == "t5.project.weight"]
+    text = [
+        p
+        for p in text
+        if not any(p is q for q in getattr(model.conditions, "coarse_codes", torch.nn.Module()).parameters())
+    ]
+    assert all(p.grad is None or not p.grad.any() for p in text)
+    model.zero_grad()
+    model.loss(inputs)["image"].backward()
+    assert text and all(p.grad.any() for p in text)
+    if "coarse" not in condition:
+        for block in model.blocks:
+            torch.nn.init.zeros_(block.cross.f.out.weight)
+        assert model.logits(inputs)[1].equal(logits) and model.logits(dropped)[1].equal(logits)
+    else:
+        other = dropped | {"coarse": (dropped["coarse"] + 1) % 5}
+        assert ((model.logits(other)[1] - logits).abs().amax(2) > 1e-5).all()  # the coarse codes still count
+
+
+def test_pads_of_t5_are_hidden():
+    """The memory has no positions: a state alone is attended to like five copies of it, unless pads count."""
+    model = big(build(**GRID | GPT2 | dict(condition="t5"))).double()
+    inputs = batch(model, 1)
+    alone, five = torch.zeros(1, 5, 12, dtype=torch.double), torch.randn(1, 1, 12, dtype=torch.double).expand(1, 5, 12)
+    alone[:, 0] = five[:, 0]
+    logits = [model.logits(inputs | {"text": text})[1] for text in (alone, five)]
+    assert torch.allclose(*logits, atol=1e-9)
+
+
+def test_super_resolution_attends_to_text_and_coarse_codes():
+    """A table, learned positions and blocks of their own; beside the text's states, of which only pads are hidden."""
+    model, base = (big(build(**kind | GPT2)).double() for kind in (CASCADE, GRID | dict(condition="t5")))
+    inputs, condition = batch(model, 2) | {"visible_codes": torch.full((2, 16), -1)}, model.conditions["coarse_codes"]
+    _, context = model.condition(inputs)
+    assert context.memory.shape == (2, 5 + 4, 16) and context.memory_seen[1].all()
+    assert context.memory_seen[0].tolist() == [True] * 3 + [False] * 2 + [True] * 4
+    x = torch.stack(
+        [condition.embedding.weight[c] + condition.encoder.pos[i] for i, c in enumerate(inputs["coarse"][1])]
+    )
+    for block in condition.encoder.blocks:
+        x = block(x[None] if x.dim() == 2 else x, condition.encoder.mask)
+    assert torch.allclose(context.memory[1, 5:], condition.encoder.norm(x)[0])
+    own = [p.numel() for p in condition.encoder.blocks.parameters()] + [16, 16]  # the last norm's
+    n = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base.parameters())
+    assert n == 5 * 16 + 4 * 16 + sum(own) and len(condition.encoder.blocks) == 2
+    logits = model.logits(inputs)[1]
+    for place in range(4):
+        other = inputs["coarse"].clone()
+        other[:, place] = (other[:, place] + 1) % 5
+        assert ((model.logits(inputs | {"coarse": other})[1] - logits).abs().amax(2) > 1e-5).all()
+    assert ((model.logits(inputs | {"text": inputs["text"] * 1.1})[1] - logits).abs().amax(2) > 1e-5).all()
+
+
+def test_coarse_codes_are_another_tokenizers(tmp_path):
+    """Its stride, number of codes and hash join the config; Muse: f16 of 256 pixels and f8 of 512 are 4 to 1."""
+    vq = make_vq(tmp_path / "vq", stride=16, n_codes=9)
+    settings = GRID | dict(condition="text,coarse_codes", coarse_vq=str(vq), coarse_hash="", n_vocab=11)
+    cfg = prior_config(settings)[1]
+    found = file_hash(vq / "model.safetensors")
+    assert (cfg.coarse_hash, cfg.coarse_stride, cfg.coarse_n_codes) == (found, 16, 9)
+    for stride, times, ratio in ((8, 1, 2), (4, 1, 4), (8, 2, 4), (16, 2, 2)):
+        fitted = CoarseCodes.fit(prior_config(settings | {"coarse_shrink": times})[1], stride)
+        view, x = CoarseCodes.extra_codes(fitted), torch.rand(1, 3, 32, 32)
+        assert (view.key, view.ratio, view.vq, view.vq_hash) == ("coarse", ratio, str(vq), found)
+        assert view.f(x).equal(shrink(x, times)) and bool(view.name) == (times > 1)
+    with pytest.raises(ValueError, match="stride 16, times coarse_shrink 1, is not a multiple of the stride 32"):
+        CoarseCodes.fit(cfg, 32)
+    with pytest.raises(ValueError, match="not above"):
+        CoarseCodes.fit(cfg, 16)
+
+
+def test_the_cascade_trains_resumes_and_samples(images, tmp_path):
+    """16 to 32 pixels, two tokenizers; the run keeps both, and nothing is given again when it resumes or samples."""
+    base, larger = tmp_path / "base", tmp_path / "larger"
+    coarse, fine = make_vq(tmp_path / "coarse", image_size="16"), make_vq(tmp_path / "fine", stride=4, image_size="32")
+    flags = f"{COMMON_FLAGS} --data {images} --n_layer 1 --n_head 2 --n_embd 16 --text_len 16 --vocab_size 320"
+    flags += f" --recipe muse --n_encoder 1 --cache {tmp_path / 'cache'} --eval_every 1"
+    call(train_prior, f"{flags} --vq {coarse} --image_size 16 --out {base} --steps 1")
+    more = f"--condition encoder,coarse_codes --coarse_vq {base / 'vq'} --coarse_shrink 2 --n_coarse 1"
+    call(train_prior, f"{flags} {more} --vq {fine} --out {larger} --steps 1")
+    for folder in (coarse, fine):
+        shutil.rmtree(folder)
+    call(train_prior, f"--out {larger} --resume --steps 2")
+    assert read_config(larger)["step"] == 2 and read_config(larger)["model"]["coarse_ratio"] == 4
+    assert (larger / "coarse_vq/model.safetensors").read_bytes() == (base / "vq/model.safetensors").read_bytes()
+    sample = f"--device cpu --model {base} --enlarge {larger} --prompt red --n 2 --steps 3 --out {tmp_path / 'x.png'}"
+    sample_cli.main(sample.split())
+    with Image.open(tmp_path / "x.png") as im:
+        assert im.size == (2 * 34 - 2, 32) and json.loads(im.text["settings"])["enlarge_steps"] == 8
+        assert len(im.text["model"].split("+")) == 2
+    make_vq(tmp_path / "other", seed=5)
+    with pytest.raises(
+        ValueError, match=f"{larger} learned the coarse codes of another .*--coarse_vq {larger}/coarse_vq"
+    ):
+        how = f"--init {larger} --vq {larger / 'vq'} --coarse_vq {tmp_path / 'other'} --out {tmp_path / 'no'}"
+        call(train_prior, f"{flags.replace('--recipe muse', '')} {how} --steps 1")
+    assert not (tmp_path / "no" / "text.model").exists()
 
 
 @pytest.mark.parametrize(
@@ -209,6 +341,9 @@ def test_coarse_codes_condition_a_masked_prior():
         ({"label_smoothing": 1.5}, "label_smoothing 1.5 is not in"),
         ({"condition": "t5", "t5_hash": ""}, "nowhere is not a checkpoint folder"),
         ({"condition": "t5", "t5": "", "t5_hash": ""}, "--condition t5 needs --t5, the folder"),
+        ({"condition": "coarse_codes"}, "coarse_codes stands beside a caption: use --condition encoder,coarse_codes"),
+        ({"condition": "text,coarse_codes", "coarse_vq": "", "coarse_hash": ""}, "coarse_codes needs --coarse_vq"),
+        ({"condition": "text,coarse_codes", "coarse_ratio": 3}, "4x4 codes are not a multiple of 3"),
     ],
     ids=str,
 )
@@ -333,13 +468,18 @@ def test_captions_are_cut_padded_and_remembered(folder, tmp_path, monkeypatch):
     ids = [*text.sp.encode(CAPTIONS[0])[:6], 1]
     alone = text.model(torch.tensor([ids]), torch.ones(1, len(ids)) > 0)[0]
     assert torch.allclose(states[0, : len(ids)], alone, atol=1e-5)
-    assert states[2].any(1).tolist() == [True] + [False] * 6  # the empty caption: its end token, then pads
+    assert states[:2].any(-1).sum(1).tolist() == [min(7, len(p) + 1) for p in text.sp.encode(CAPTIONS[:2])]
+    assert not states[2].any()  # the empty caption: nothing to attend to
     text.remember(CAPTIONS, tmp_path, PROCS)
     again = T5Text(folder, 7)
     monkeypatch.setattr(again, "states", None)  # not called for what is in the cache
     again.remember(CAPTIONS, tmp_path, PROCS)
     for caption, expected in zip(CAPTIONS, states):
         assert torch.allclose(again.encode(caption), expected, atol=2e-3)  # the cache is float16
+    sent = pickle.dumps(text)  # to a spawned worker: neither the model nor the states go with it
+    assert len(sent) < len(pickle.dumps(text.sp)) + 3000
+    assert pickle.loads(sent).encode(CAPTIONS[0]).equal(text.encode(CAPTIONS[0]))
+    text.n_cut -= len(text.sp.encode(CAPTIONS[0])) > 6
     assert again.n_cut == text.n_cut - again.n_cut > 0  # counted each time that one is encoded: twice by `text`
 
 
@@ -367,15 +507,15 @@ def test_what_is_not_a_t5_is_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt", "masked"])
 def test_a_prior_reads_t5_states(folder, kind):
-    """Its settings come from the folder; a pad has a learned vector for each position."""
+    """Its settings come from the folder; the states are projected, and pads are hidden."""
     settings = dict(model=kind, condition="t5", t5=str(folder), t5_hash="", t5_width=0)
     model = big(build(**GPT2 | settings)).double()
     assert (model.cfg.t5_width, model.cfg.t5_hash) == (12, folder_hash(folder)) and not model.predicts_text
     condition = model.conditions["t5"]
     states = batch(model)["text"]
     memory = condition.memory({"text": states}, None)
-    assert memory[0, 3:].equal(condition.pads[3:])
-    assert torch.allclose(memory[1], states[1] @ condition.project.weight.t())
+    assert torch.allclose(memory, states @ condition.project.weight.t())
+    assert condition.memory_seen({"text": states}).sum(1).tolist() == [3, 5, 5]
     assert prior_config(vars(model.cfg))[1] == model.cfg
     reader = type(condition).reader(model.cfg, "cpu")
     assert reader.encode("a red circle").shape == (5, 12)

@@ -85,12 +85,13 @@ def test_priors_of_the_recipes():
     assert cogview.blocks[0].attn.f.alpha == 32 and cogview.cfg.embed_grad == 0.1
     assert [*parti.conditions] == ["encoder"] and {*parti.masks} == {"conv"} and not parti.predicts_text
     assert isinstance(muse, MODELS["masked"]) and {*muse.masks} == {"bidirectional"} and not muse.predicts_text
+    assert muse.blocks[0].cross is not None and [*muse.conditions] == ["encoder"] and muse.cfg.pads == "hidden"
     assert lm.cfg.pos == "sequence" and isinstance(lm.norm, NORMS["rmsnorm"])
 
 
 SIZES_OF_PAPERS = {  # billions of parameters, heads and embeddings included
     "dalle-12b": 12.2905,
-    "cogview-4b": 4.0743,
+    "cogview-4b": 3.9278,
     "parti-350m": 0.3859,
     "parti-3b": 3.0874,
     "parti-20b": 20.5369,

@@ -1,12 +1,18 @@
 """The pipeline from a folder to images, with untrained models: seeds, given codes, windows, scores, captions."""
 
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from untrained import make_prior, make_vq
 
+from minit2i import sample_cli
+from minit2i.export import export
+from minit2i.plot import to_pil
 from minit2i.sample import Pipeline, SampleConfig, Sampler, sample_settings, score_codes
 
 PROMPTS = ["a red circle", "", "a blue star"]
@@ -15,7 +21,9 @@ PRIORS = {
     "masked": {"model": "masked"},
     "encoder": {"condition": "encoder", "n_encoder": 1},
     "coarse": {"condition": "text,coarse", "shrink": 2},
+    "masked-encoder": {"model": "masked", "condition": "encoder", "n_encoder": 1, "pads": "hidden"},
     "rotary": {"pos": "rotary", "mask": "row,column"},
+    "cogview": {"model": "cogview"},
     "captioner": {"model": "captioner"},
     "towers": {"model": "towers", "n_encoder": 1},
 }
@@ -55,7 +63,7 @@ def naive(pipeline, prompts, cfg, known=None, coarse=None):
             for k in range(n_image):
                 texts = [text, empty] if sampler.guided else [text]
                 logits = torch.cat([model.logits(batch | {"text": t})[1][:, k] for t in texts])
-                code = sampler.pick(sampler.filter(sampler.guide(logits, (k + 1) / n_image)), noise[:, k])
+                code = sampler.pick(sampler.filter(sampler.guide(logits, sampler.scale((k + 1) / n_image))), noise[:, k])
                 codes[:, k] = code if known is None or known[b].flatten()[k] < 0 else known[b].flatten()[k]
             out.append(codes.view(pipeline.grid))
     return torch.stack(out)
@@ -108,7 +116,71 @@ def test_a_super_resolution_prior_reads_each_image_of_its_own(pipelines):
     assert pipeline.sample_codes(PROMPTS, cfg, coarse=large).shape == (6, 6, 8)
 
 
-@pytest.mark.parametrize("name", ["gpt", "masked"])
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory):
+    """Folders of Muse's two priors: 4x4 codes of stride 8, and 8x8 of stride 4 with the others as a memory."""
+    folder = tmp_path_factory.mktemp("cascade")
+    base = make_prior(folder / "base", model="masked", condition="encoder", n_encoder=1, pads="hidden")
+    fine = dict(condition="text,coarse_codes", coarse_vq=str(base / "vq"), coarse_ratio=2, grid_h=8, grid_w=8)
+    larger = make_prior(folder / "larger", model="masked", vq=dict(stride=4, n_codes=16), n_codes=16, **fine)
+    shutil.copytree(base / "vq", larger / "coarse_vq")
+    return base, larger
+
+
+def test_a_prior_of_finer_codes_reads_those_of_a_coarser_tokenizer(cascade):
+    base, larger = (Pipeline(folder, dtype=torch.float64) for folder in cascade)
+    assert larger.view_vq.hash == base.vq_hash != larger.vq_hash and larger.size == base.size == (32, 32)
+    cfg, coarse = config(larger, cfg_scale=1.0), torch.randint(0, 32, (6, 4, 4))
+    codes = larger.sample_codes(PROMPTS, cfg, coarse=coarse)
+    for k, prompt in enumerate(PROMPTS):
+        own = replace(cfg, seed=cfg.seed + 2 * k)
+        assert larger.sample_codes([prompt], own, coarse=coarse[2 * k : 2 * k + 2]).equal(codes[2 * k : 2 * k + 2])
+    other = (coarse + 1) % 32
+    assert not larger.sample_codes(PROMPTS, cfg, coarse=other).equal(codes)
+    seen, wide = [], torch.cat([coarse, other[:, :, :2]], 2)  # 8x12 codes: windows
+    found = larger.sample_codes(PROMPTS, cfg, coarse=wide, watch=lambda c: seen.append(c.clone()))
+    assert found.shape == (6, 8, 12) and (found >= 0).all() and len(seen) == 2
+    with pytest.raises(ValueError, match="enlarges images"):
+        larger.sample_codes(["x"], cfg)
+
+
+def test_the_cascade_samples_restarts_and_refuses_other_codes(cascade, tmp_path):
+    """8 steps for the second prior whatever --steps says; the same from float16 copies; no codes of another tokenizer."""
+    base, larger = cascade
+    flags = f"--device cpu --model {base} --prompt red --n 3 --steps 5 --cfg_scale 1.5 --batch 2 --enlarge"
+    sample_cli.main([*flags.split(), str(larger), "--out", str(tmp_path / "images")])
+    first, second = (Pipeline(folder) for folder in cascade)
+    cfg = replace(second.sampling, n=3, cfg_scale=1.5, steps=5)
+    codes = first.sample_codes(["red"], cfg)
+    steps = []
+    fine = second.sample_codes(["red"], cfg, coarse=codes, watch=lambda c: steps.append(1))
+    assert len(steps) == 8
+    paths = sorted((tmp_path / "images").iterdir())
+    for path, image in zip(paths, second.decode(fine), strict=True):
+        with Image.open(path) as im:
+            assert abs(np.asarray(im).astype(int) - np.asarray(to_pil(image))).max() <= 1, (
+                "batches of other sizes round"
+            )
+            assert im.text["model"] == f"{first.hash}+{second.hash}"
+    paths[1].unlink()
+    before = paths[0].stat().st_mtime_ns
+    sample_cli.main([*flags.split(), str(larger), "--out", str(tmp_path / "images")])
+    assert paths[1].exists() and paths[0].stat().st_mtime_ns != before  # all images of a prompt anew
+    before = paths[0].stat().st_mtime_ns
+    sample_cli.main([*flags.split(), str(larger), "--out", str(tmp_path / "images")])
+    assert paths[0].stat().st_mtime_ns == before
+    export(base, tmp_path / "half"), export(larger, tmp_path / "half-larger")
+    assert (tmp_path / "half-larger" / "coarse_vq" / "model.safetensors").exists()
+    for a, b in ((base, tmp_path / "half-larger"), (tmp_path / "half", larger)):
+        flags = f"--device cpu --model {a} --prompt red --n 1 --steps 2 --enlarge {b} --out {tmp_path / 'x.png'}"
+        sample_cli.main(flags.split())
+    other = make_prior(tmp_path / "other", model="masked", vq={"seed": 3})
+    message = f"{larger} has learned the codes of another tokenizer than {other} samples; .*--coarse_vq {other}/vq"
+    with pytest.raises(ValueError, match=message):
+        sample_cli.main([*flags.replace(str(tmp_path / "half "), f"{other} ").split()])
+
+
+@pytest.mark.parametrize("name", ["gpt", "masked", "masked-encoder"])
 def test_an_image_depends_on_its_seed_alone(pipelines, name):
     pipeline = pipelines(name)
     cfg = config(pipeline, n=3, seed=5)
@@ -174,7 +246,7 @@ def test_settings_come_from_class_and_folder(tmp_path):
     pipeline = Pipeline(make_prior(tmp_path / "masked", model="masked", sampling=sampling))
     assert pipeline.sampling.cfg_scale == 1 and pipeline.sampling.steps == 7 and pipeline.sampling.n == SampleConfig().n
     assert not hasattr(sample_settings({"kind": "prior", "model": {"model": "gpt"}})(), "steps")
-    with pytest.raises(ValueError, match="holds a vq, not a prior"):
+    with pytest.raises(ValueError, match="holds a tokenizer, not a prior"):
         Pipeline(make_vq(tmp_path / "vq"))
     with pytest.raises(ValueError, match="nowhere is not a checkpoint folder"):
         Pipeline("nowhere")

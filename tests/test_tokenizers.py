@@ -14,7 +14,7 @@ from untrained import make_vq
 import train_vq
 from minit2i.checkpoint import load_vq, read_config
 from minit2i.experiments import tokenizers
-from minit2i.experiments.tokenizers import CompareConfig, code_colors, quality, table_row, tokenizer_grid
+from minit2i.experiments.tokenizers import CompareConfig, code_colors, quality, table_row, tokenizer_grid, verdict
 from minit2i.metrics import psnr
 from minit2i.plot import read_log
 
@@ -57,7 +57,7 @@ def test_a_comparison_trains_tabulates_and_resumes(images, tmp_path, monkeypatch
     monkeypatch.setattr(subprocess, "run", here)
     flags = ["--data", str(images), *VQ_FLAGS.split(), "--eval_every", "2", "--out", str(tmp_path)]
     run_main(monkeypatch, flags, "--values", "ema,st --l2_norm", "--steps", "4", "--seeds", "2")
-    rows = [line.split("|") for line in (tmp_path / "table.md").read_text().splitlines()]
+    rows = [line.split("|") for line in (tmp_path / "table.md").read_text().splitlines()[:4]]
     assert [r[1].strip() for r in rows] == ["quantizer", "---", "ema", "st --l2_norm"] and {len(r) for r in rows} == {9}
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out and len(calls) == 4
     runs = {path.name: read_config(path)["model"] for path in tmp_path.iterdir() if path.is_dir()}
@@ -86,6 +86,14 @@ def test_values_become_flags_and_folders(tmp_path):
         CompareConfig(out="x", seeds=0)
 
 
+def test_a_run_with_other_flags_is_not_tabulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda words: SimpleNamespace(returncode=0))
+    for _ in range(2):
+        tokenizers.run_script("train_vq.py", ["--data", "scenes", "--lr", "1e-3"], tmp_path / "ema-0")
+    with pytest.raises(ValueError, match=r"ema-0 holds a run with other flags \(1e-3 2e-3\); use another --out"):
+        tokenizers.run_script("train_vq.py", ["--data", "scenes", "--lr", "2e-3"], tmp_path / "ema-0")
+
+
 def test_failures_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
     with pytest.raises(ValueError, match="the run .*ema-0 failed"):
@@ -104,4 +112,26 @@ def test_the_report_holds_a_row_and_a_curve_for_each_value(tmp_path):
     table = tokenizers.report(tmp_path, "quantizer", {"ema": [tmp_path]})
     loss = (1 / 19 + 1 / 20) / 2
     assert table.splitlines()[2] == f"| ema | {loss:.5f} | 20.00 | 0.500 | 25.0% | 3 | 9 |"
+    assert table.splitlines()[-1].startswith("Undecided")
     assert Image.open(tmp_path / "curves.png").width == 2 * 560 and (tmp_path / "table.md").read_text() == table
+
+
+def test_a_row_has_the_mean_and_the_range_of_its_seeds(tmp_path):
+    """Of every measure; the loss is the mean of a run's last tenth."""
+    runs = [
+        [{"step": 1, "recon": x, "images_per_s": 9.0}, {"step": 1, "val_psnr": 20 + x, "val_ssim": x, "code_use": x}]
+        for x in (0.25, 0.5)
+    ]
+    loss, psnr, ssim, use, perplexity = (cell.strip() for cell in table_row("ema", runs).split("|")[2:7])
+    assert loss == "0.37500 (0.25000 to 0.50000)" and psnr == "20.38 (20.25 to 20.50)"
+    assert ssim == "0.375 (0.250 to 0.500)" and use == "37.5% (25.0% to 50.0%)" and perplexity.startswith("nan")
+
+
+def test_the_verdict_calls_a_difference_only_what_the_seeds_tell_apart():
+    psnr = {"st": [20.0, 22.0], "ema": [21.0, 22.5], "fixed": [18.0, 20.5]}
+    assert verdict(psnr) == (
+        "every seed of ema is above those of fixed (by 2.50 dB); undecided, for the seeds overlap: ema or st (by 0.75 dB)."
+    )
+    assert verdict({"ema": [21.0, 22.0], "st": [1.0, 2.0]}) == "every seed of ema is above those of st (by 20.00 dB)."
+    for few in ({"ema": [21.0], "st": [20.0]}, {"ema": [21.0, 22.0]}):
+        assert verdict(few).startswith("Undecided")

@@ -166,9 +166,14 @@ KINDS = {
     "towers": "--model towers --n_encoder 1",
     "encoder": "--condition encoder --n_encoder 1",
     "coarse": "--condition text,coarse",
+    "spatial": "--condition text,spatial",
+    "cogview": "--model cogview",
+    "cogview-coarse": "--model cogview --condition separated,separated_coarse",
+    "cogview-captioner": "--model cogview_captioner",
     "llama": "--model llama",
     "t5": "--condition t5 --t5 T5",
     "masked-t5": "--model masked --condition t5,coarse --t5 T5",
+    "cascade": "--model masked --condition encoder,coarse_codes --n_encoder 1 --coarse_vq COARSE",
 }
 
 
@@ -178,9 +183,9 @@ def test_a_new_kind_of_prior_needs_a_run():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_kind_of_prior_trains_and_resumes(name, trained, t5_folder):  # noqa: F811
+def test_each_kind_of_prior_trains_and_resumes(name, trained, t5_folder, tmp_path):  # noqa: F811
     """A run that stopped after a step ends like one that did not: losses, weights, samples."""
-    flags = KINDS[name].replace("T5", str(t5_folder))
+    flags = KINDS[name].replace("T5", str(t5_folder)).replace("COARSE", str(make_vq(tmp_path / "vq", stride=16)))
     whole, part = trained(name, flags), trained(f"{name}-part", flags, steps=1)
     trained(f"{name}-part", "--resume")
     losses = [

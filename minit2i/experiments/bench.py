@@ -22,6 +22,7 @@ from minit2i.config import Settings, at_least, merge, pick
 from minit2i.experiments.plan import training_flops
 from minit2i.flags import add_flags, new_parser
 from minit2i.gpt import GPT, Cache, GPTConfig, build_prior
+from minit2i.parallel import compile_blocks
 from minit2i.sample import SampleConfig, Sampler
 from minit2i.train import DTYPES, autocast, pick_device, pick_precision, run
 from minit2i.vq import VQ, VQConfig
@@ -72,11 +73,12 @@ def random_batch(cfg, batch, device):
 def prior_step(model, batch, device, precision, compiled):
     """A training step of a prior, as in train_prior.py, on random tokens."""
     optimizer, batch = torch.optim.AdamW(model.parameters(), fused=True), random_batch(model.cfg, batch, device)
-    forward = torch.compile(model) if compiled else model
+    if compiled:
+        compile_blocks(model, DTYPES[precision], device)
 
     def step():
         with autocast(device, precision):
-            sums = forward(batch)
+            sums = model(batch)
         (sums["text"] / batch["text"].numel() + sums["image"] / batch["codes"].numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -36,7 +36,7 @@ TOKENIZER = VQ + "--patchwise --ch 64 --batch_size 32 --steps 3000 --ema 0.995"
 VQ += "--steps 800"
 PRIOR = (
     "--data scenes:100000 --image_size 32 --n_layer 4 --n_embd 128 --n_head 4 --vocab_size 512 --text_len 28 "
-    "--optimizer muon --lr 3e-3 --warmup 50 --batch_size 16 --bpe_dropout 0 --steps 2500 --workers 0"
+    "--optimizer muon --lr 3e-3 --warmup 50 --batch_size 16 --bpe_dropout 0 --steps 1500 --workers 0"
 )
 SMALL_SET = PRIOR.replace("scenes:100000", "scenes:2000")  # learned by heart: where a regulariser can help
 
@@ -100,7 +100,7 @@ CLAIMS = {
         "Pre-training the text encoder on words and contrast helps to draw (Parti, sec. 2.2)",
         f"{PRIOR} {ENCODER}",
         ("pre-trained", "--init {towers} --model gpt"), ("from scratch", ""), "val_image_loss", -1,
-        {"towers": f"{PRIOR} --model towers --n_encoder 3 --batch_size 32 --steps 1500"},
+        {"towers": f"{PRIOR} --model towers --n_encoder 3 --batch_size 32 --steps 1000"},
     ),
     "encoder-decoder": Claim(
         "An encoder and a decoder are better than a decoder alone (Parti, sec. 2.1; equal parameters within 3 %)",

@@ -25,18 +25,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from minit2i.checkpoint import load_vq, read_config, write_file
+from minit2i.checkpoint import check_writable, load_vq, read_config, write_file
 from minit2i.config import merge, pick
-from minit2i.data import BadEntry, DataConfig, crop, open_source, parse_size
+from minit2i.data import DataConfig, crop, open_source, parse_size
 from minit2i.experiments.fid import batches, features, fid, frechet, image_set, moments, pick_features
 from minit2i.experiments.oracle import check_scene, score_scenes
 from minit2i.experiments.tokenizers import quality, tokenizer_grid
 from minit2i.flags import add_flags, count, new_parser
 from minit2i.gpt import MODELS
 from minit2i.metrics import psnr, sharpness
+from minit2i.papers.cogview import Captioner
 from minit2i.plot import grid_image, save_image, to_pil
 from minit2i.sample import PRETRAINED, Pipeline, SampleConfig, score_codes
 from minit2i.scenes import CATEGORIES, caption, read_caption, render, scene_at
+from minit2i.sources import BadEntry
 from minit2i.train import pick_device, run
 from minit2i.vq import shrink
 
@@ -156,7 +158,7 @@ def enlarging(pipe, cfg, source, n, batch=16, shown=8):
     relative to the originals.  The grid has a row for each way, then the originals.
     """
     ways, view, smaller = ("bicubic", "sampled", "tokenizer"), pipe.view, pipe.view_vq
-    if not view:
+    if not view or view.ratio == 1:
         raise ValueError("this prior does not enlarge images; train one with --condition text,coarse")
     images, captions = captioned(source, range(min(n, len(source))), pipe)
     rows, sums = [], torch.zeros(len(ways) + 1, 2, dtype=torch.float64)
@@ -410,7 +412,7 @@ def measure_prior(args):
             raise ValueError(f"--n {given['n']} is a setting of rerank; {args.command} samples one image per prompt")
         given["n"] = 1
     pipe = Pipeline(args.model, pick_device(args.device))
-    if (args.command == "captions") != (pipe.model.cfg.model == "captioner"):
+    if (args.command == "captions") != isinstance(pipe.model, Captioner):
         raise ValueError(f"{args.model}: `captions` needs a prior of --model captioner, all other commands another")
     if unknown := [name for name in given if not hasattr(pipe.sampling, name)]:
         raise ValueError(f"--{unknown[0]} is not a sampling setting of --model {pipe.model.cfg.model}; leave it out")
@@ -438,6 +440,8 @@ def make_parser():
 
 def main():
     args = make_parser().parse_args()
+    if args.out:
+        check_writable(args.out)
     record = measure_prior(args) if args.command in PRIOR_COMMANDS else IMAGE_COMMANDS[args.command][0](args)
     if args.out:
         record |= {"settings": vars(args), "command": " ".join(sys.argv)}

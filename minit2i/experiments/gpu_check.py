@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from minit2i import gpt
-from minit2i.attention import MASKS, AttentionMask, Layout, attend
+from minit2i.attention import MASKS, AttentionMask, Layout, attend, visible
 from minit2i.config import Settings, Group, at_least, pick
 from minit2i.experiments.bench import prior_step, random_batch, seconds, vq_step
 from minit2i.experiments.plan import training_flops
@@ -31,6 +31,7 @@ from minit2i.experiments.stability import TOY, stripes
 from minit2i.flags import add_flags, new_parser
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import build_prior
+from minit2i.parallel import compile_blocks
 from minit2i.sample import SampleConfig, Sampler
 from minit2i.train import DTYPES, Processes, TrainConfig, autocast
 from minit2i.train import make_optimizer, n_params, optimizer_step, pick_device
@@ -75,7 +76,8 @@ class Machine:
         return next((flops for key, flops in PEAKS.items() if key in name), self.product or 1e12)
 
     def free(self):
-        """Drop what the last check held."""
+        """Drop what the last check held, and the TF32 that training chose."""
+        torch.set_float32_matmul_precision("highest")
         gc.collect()
         torch._dynamo.reset()
         if self.cuda:
@@ -135,32 +137,41 @@ def machine(m):
 # --- attention -------------------------------------------------------------------------------------------
 
 
-def attention_errors(m, name, layout, kind, heads, size, batch=2, alpha=None):
-    """attend, forward and backward, against float32 SDPA with the dense mask -> errors of output and gradients."""
+def attention_errors(m, name, layout, kind, heads, size, batch=2, alpha=None, pads=False):
+    """attend, forward and backward, against float32 SDPA with the dense mask -> errors of output and gradients.
+
+    pads: the end of the prefix is hidden, more of it in each sample.
+    """
     mask = AttentionMask(name, layout).to(m.device)
     torch.manual_seed(0)
     shape = batch, heads, layout.length, size
     plain = [torch.randn(shape, device=m.device).to(DTYPES[kind]) for _ in range(4)]
     q, k, v = (x.clone().requires_grad_() for x in plain[:3])
-    y = attend(q, k, v, mask, alpha=alpha)
+    at = torch.arange(layout.length, device=m.device)
+    words = layout.n_prefix - 1 - torch.arange(batch, device=m.device)[:, None]
+    seen = (at < words) | (at >= layout.n_prefix) if pads else None  # (B, L)
+    y = attend(q, k, v, mask, alpha=alpha, seen=seen)
     y.backward(plain[3])
     q32, k32, v32 = (x.float().requires_grad_() for x in plain[:3])
-    y32 = F.scaled_dot_product_attention(q32, k32, v32, attn_mask=mask.dense)
+    y32 = F.scaled_dot_product_attention(q32, k32, v32, attn_mask=visible(mask.dense, seen))
     y32.backward(plain[3].float())
     return error([y], [y32]), error([q.grad, k.grad, v.grad], [q32.grad, k32.grad, v32.grad])
 
 
 @check(200)
 def masks(m):
-    """Every mask at the default sizes (288 positions, no multiple of 128); other types and head sizes."""
+    """Every mask at the default sizes (288 positions, no multiple of 128), also with hidden pads; other types and head
+    sizes."""
     layout = Layout(8, 4, 4) if m.tiny else Layout(32, 16, 16)
-    cases = [(name, "bf16", 8, 32, None) for name in MASKS]
-    cases += [("row", "fp16", 8, 32, None), ("conv", "fp32", 8, 32, None), ("column", "fp16", 8, 32, 32)]
-    cases += [("row", "bf16", heads, size, None) for heads, size in ((2, 128), (16, 16), (4, 34), (8, 8))]
-    for name, kind, heads, size, alpha in cases:  # alpha: PB-Relax's
+    cases = [(name, "bf16", 8, 32, None, pads) for pads in (False, True) for name in MASKS]
+    cases += [("row", "fp16", 8, 32, None, False), ("conv", "fp32", 8, 32, None, False)]
+    cases += [("column", "fp16", 8, 32, 32, False)]
+    cases += [("row", "bf16", heads, size, None, False) for heads, size in ((2, 128), (16, 16), (4, 34), (8, 8))]
+    for name, kind, heads, size, alpha, pads in cases:  # alpha: PB-Relax's
         label, start = f"mask {name}, {kind}, head size {size}" + ", PB-Relax" * bool(alpha), time.monotonic()
+        label += ", hidden pads" * pads
         try:
-            out, grad = attention_errors(m, name, layout, kind, heads, size, alpha=alpha)
+            out, grad = attention_errors(m, name, layout, kind, heads, size, alpha=alpha, pads=pads)
             figures = f"error {out:.1e}, gradients {grad:.1e}; {time.monotonic() - start:.0f} s with compiling"
             yield label, max(out, grad) < TOLERANCE[kind], figures
         except Exception as e:
@@ -176,13 +187,14 @@ def training(m):
         model = build_prior(m.prior(n_layer=4, mask=mask)).to(m.device)
         batch = random_batch(model.cfg, 2, m.device)
         with dense_attention():
-            loss, grads = loss_and_gradients(m, model, model, batch, "fp32")
+            loss, grads = loss_and_gradients(m, model, batch, "fp32")
         for how in ("eager", "compiled")[: 1 + compiled]:
             start, counters = time.monotonic(), torch._dynamo.utils.counters
             counters.clear()
             try:
-                forward = torch.compile(model) if how == "compiled" else model
-                got, own = loss_and_gradients(m, model, forward, batch, kind)
+                if how == "compiled":
+                    compile_blocks(model, DTYPES[kind], m.device)
+                got, own = loss_and_gradients(m, model, batch, kind)
                 e = error(own, grads)
                 figures = f"loss {got:.4f} ({loss:.4f}), gradients {e:.1e}; {time.monotonic() - start:.0f} s"
                 if how == "compiled":
@@ -197,7 +209,7 @@ def training(m):
 def dense_attention():
     """Context in which every mask is a dense one."""
 
-    def dense(q, k, v, mask, start=0, alpha=None):
+    def dense(q, k, v, mask, start=0, alpha=None, seen=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense[start : start + q.shape[2], : k.shape[2]])
 
     before, gpt.attend = gpt.attend, dense
@@ -207,12 +219,12 @@ def dense_attention():
         gpt.attend = before
 
 
-def loss_and_gradients(m, model, forward, batch, precision):
+def loss_and_gradients(m, model, batch, precision):
     """A batch's loss and its gradients in a precision -> float, [tensor]."""
     model.zero_grad(set_to_none=True)
     scale = 1024.0 if precision == "fp16" else 1.0
     with autocast(m.device, precision):
-        sums = forward(batch)
+        sums = model(batch)
     loss = sums["text"] / batch["text"].numel() + sums["image"] / batch["codes"].numel()
     (loss * scale).backward()
     return float(loss), [w.grad / scale for w in model.parameters() if w.grad is not None]
@@ -276,21 +288,18 @@ def sampling_speed(m):
 def mfu(m):
     """Model FLOPs utilisation of whole training steps, and memory."""
     small, large = dict(n_layer=12, n_head=12, n_embd=768), dict(n_layer=24, n_head=16, n_embd=2048)
-    for shape, batch, compiled in ((small, 16, ""), (small, 16, "model"), (large, 4, ""), (large, 4, "blocks")):
+    for shape, batch, compiled in ((small, 16, False), (small, 16, True), (large, 4, False), (large, 4, True)):
         m.free()
         start = time.monotonic()
         model = build_prior(m.prior(32, 64, **shape) | {"n_codes": 512 if m.tiny else 8192}).to(m.device)
-        if compiled == "blocks":
-            for block in model.blocks:
-                block.forward = torch.compile(block.forward)
-        step = prior_step(model, batch, m.device, "bf16", compiled == "model")
+        step = prior_step(model, batch, m.device, "bf16", compiled)
         step(), step()
         ready = time.monotonic() - start
         s, flops = m.seconds(step, times=8, warm=1), batch * training_flops(model.cfg)
         rate, share = batch * model.layout.length / s, flops / s / (m.product or m.peak())
         figures = f"batch {batch}: {1e3 * s:.1f} ms, {rate:,.0f} tokens/s, MFU {flops / s / m.peak():.1%} "
         figures += f"({share:.1%} of the product), {m.memory()}"
-        label = f"mfu {n_params(model) / 1e6:,.0f} M, bf16, {'compiled ' + compiled if compiled else 'eager'}"
+        label = f"mfu {n_params(model) / 1e6:,.0f} M, bf16, {'compiled' if compiled else 'eager'}"
         yield label, True, f"{figures}, first steps {ready:.0f} s"
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minit2i.checkpoint import file_hash, load_model, read_config, write_file
+from minit2i.checkpoint import check_writable, file_hash, load_model, read_config, write_file
 from minit2i.config import pick
 from minit2i.data import DataConfig, split
 from minit2i.experiments.evaluate import captioned
@@ -178,7 +178,7 @@ def words_found(model, train, val, steps):
 
     def hidden(text, seeds):  # -> logits (words, V), words
         read, words = model.corrupt({"text": text}, seeds)["hidden_words"].unbind(1)
-        states = model.encoder(model.embed(read))
+        states = model.encode(read, text)
         return model.text_head(states[words >= 0]).float(), words[words >= 0]
 
     def loss(rows, seeds):
@@ -196,7 +196,7 @@ def images_found(model, train, val, steps, batch=32):
     ids, images = train[0], torch.cat([model.image_feature(part) for part in train[1].split(64)])
 
     def loss(rows, _):
-        feature = model.text_feature(ids[rows], model.encoder(model.embed(ids[rows])))
+        feature = model.text_feature(ids[rows], model.encode(ids[rows], ids[rows]))
         return info_nce(feature, images[rows], model.scale()) / len(rows)
 
     train_head(model.text_out, loss, len(ids), steps)
@@ -262,6 +262,8 @@ def main():
         if command is not tokens:
             command.add_argument("--text", required=True, help="a plain text file")
     args = parser.parse_args()
+    if args.out:
+        check_writable(args.out)
     figures = args.measure(args, pick_device(args.device))
     for name, row in figures.items():
         print(f"{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))

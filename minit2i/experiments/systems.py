@@ -13,7 +13,7 @@ A row is the folder OUT/RECIPE: vq, prior, images.png and row.json (figures, set
 row is not run again, a stopped one resumes; table.md, curves.png, accuracy.png and images.png are made from the rows
 that exist.
 
-Not as published: muse without T5 learns its own text embedding, lm starts from scratch (a language model would bring
+Not as published: muse trains its text encoder, lm starts from scratch (a language model would bring
 its own width), and parti's text encoder is not pre-trained.  muse's validation loss is of hidden codes only and
 compares with no other.
 """

@@ -2,9 +2,11 @@
 
     python -m minit2i.experiments.tokenizers --out out/quantizers --data path/to/images --steps 1000
     python -m minit2i.experiments.tokenizers --out out/backbones --data images --vary backbone --values vqvae,vit
+    python -m minit2i.experiments.tokenizers --out out/figure2 --data images --values gumbel_st,st,ema,fixed --seeds 3
 
-trains every quantizer (or every value of another flag) with the same backbone, as CogView's figure 2 does
-(arXiv:2105.13290), and writes table.md and curves.png.  A value may bring its own flags: --values "ema,st --l2_norm".
+trains every quantizer (or every value of another flag) with the same backbone, and writes table.md and curves.png: the
+mean of the seeds with their range, and which values differ by more than that.  The last command is CogView's figure 2
+(arXiv:2105.13290).  A value may bring its own flags: --values "ema,st --l2_norm".
 All other flags go to train_vq.py.  The command resumes where it stopped; each run is an ordinary folder of train_vq.py.
 
 `evaluate tokenizer` measures one tokenizer with the functions below.
@@ -12,6 +14,7 @@ All other flags go to train_vq.py.  The command resumes where it stopped; each r
 Shapes: B batch, H W image, h w code grid, V codebook size.
 """
 
+import json
 import math
 import statistics
 import subprocess
@@ -99,29 +102,58 @@ def tokenizer_grid(vq, images, counts, text, tile=0):
 
 
 def run_script(script, flags, out):
-    """Run a training script of this checkout, resuming the run in `out` if there is one; ValueError if it fails."""
+    """Run a training script of this checkout, resuming the run in `out` if there is one.
+
+    ValueError if it fails, or if the run in `out` was begun with other flags, which OUT/flags.json says.
+    """
     if not (CHECKOUT / script).exists():
         raise ValueError(f"{CHECKOUT / script} is not there; run this in a checkout of the repository")
+    path, line = Path(out, "flags.json"), [script, *flags]
+    if "--steps" in line:  # more of them are no other run
+        at = line.index("--steps")
+        line = line[:at] + line[at + 2 :]
+    if path.exists() and (begun := json.loads(path.read_text())) != line:
+        other = [word for word in (*begun, *line) if word not in begun or word not in line]
+        raise ValueError(f"{out} holds a run with other flags ({' '.join(other)}); use another --out")
+    write_file(path, json.dumps(line) + "\n")
     if subprocess.run([sys.executable, CHECKOUT / script, *flags, "--out", str(out), "--resume"]).returncode:
         raise ValueError(f"the run {out} failed; its error is above")
 
 
+def spread(values, form):
+    """The mean over the seeds, and with several of them their range, as text."""
+    mean, low, high = (f"{f(values):{form}}" for f in (statistics.mean, min, max))
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+
+
+def last(records, key):
+    """The last evaluation's value in a run's log; NaN if it has none."""
+    return [r for r in records if "val_psnr" in r][-1].get(key, math.nan)
+
+
 def table_row(name, runs):
-    """Logs of one value's runs (one per seed) -> its row of the table: means, and the range of the PSNR."""
+    """Logs of one value's runs (one per seed) -> its row of the table."""
     training = [[r for r in records if "recon" in r] for records in runs]
     if not all(training):
         raise ValueError(f"{name} logged no loss; use a --log_every of at most --steps, and another --out")
-    last = [[r for r in records if "val_psnr" in r][-1] for records in runs]
-    loss = statistics.mean(r["recon"] for rs in training for r in rs[-max(1, len(rs) // 10) :])
+    loss = [statistics.mean(r["recon"] for r in rs[-max(1, len(rs) // 10) :]) for rs in training]
+    measures = {"val_psnr": ".2f", "val_ssim": ".3f", "code_use": ".1%", "val_perplexity": ".0f"}
+    cells = [spread(loss, ".5f"), *(spread([last(r, k) for r in runs], form) for k, form in measures.items())]
     speed = statistics.median(r["images_per_s"] for rs in training for r in rs)
-    measures = "val_psnr", "val_ssim", "code_use", "val_perplexity"
-    mean = {k: statistics.mean(r.get(k, math.nan) for r in last) for k in measures}
-    low, high = (f(r["val_psnr"] for r in last) for f in (min, max))
-    several = f" ({low:.2f} to {high:.2f})" if len(runs) > 1 else ""
-    return (
-        f"| {name} | {loss:.5f} | {mean['val_psnr']:.2f}{several} | {mean['val_ssim']:.3f} | "
-        f"{mean['code_use']:.1%} | {mean['val_perplexity']:.0f} | {speed:.0f} |"
-    )
+    return f"| {name} | {' | '.join(cells)} | {speed:.0f} |"
+
+
+def verdict(psnr):
+    """{value: PSNR of each seed} -> one sentence: which values the seeds tell apart from the best."""
+    best = max(psnr, key=lambda name: statistics.mean(psnr[name]))
+    if len(psnr) == 1 or min(map(len, psnr.values())) == 1:
+        return "Undecided: it takes several values, and several seeds of each."
+    below, overlap = [], []
+    for name in (name for name in psnr if name != best):
+        gap = statistics.mean(psnr[best]) - statistics.mean(psnr[name])
+        (below if max(psnr[name]) < min(psnr[best]) else overlap).append(f"{name} (by {gap:.2f} dB)")
+    parts = {f"every seed of {best} is above those of": below, f"undecided, for the seeds overlap: {best} or": overlap}
+    return "; ".join(f"{text} {', '.join(names)}" for text, names in parts.items() if names) + "."
 
 
 def curve(runs, key, width):
@@ -133,10 +165,12 @@ def curve(runs, key, width):
 
 
 def report(out, vary, folders):
-    """{value: folders, one per seed} of finished runs -> the table; writes table.md and curves.png."""
+    """{value: folders, one per seed} of finished runs -> table and verdict; writes table.md and curves.png."""
     logs = {name: [read_log(Path(f, "log.jsonl")) for f in runs] for name, runs in folders.items()}
     heading = f"| {vary} | loss | PSNR, dB | SSIM | codes used | perplexity | images/s |\n|{'---|' * 7}"
-    table = "\n".join([heading, *(table_row(name, runs) for name, runs in logs.items())]) + "\n"
+    rows = [table_row(name, runs) for name, runs in logs.items()]
+    psnr = {name: [last(records, "val_psnr") for records in runs] for name, runs in logs.items()}
+    table = "\n".join([heading, *rows, "", verdict(psnr)]) + "\n"
     write_file(Path(out, "table.md"), table)
     panels = []
     for key, title, width in (("recon", "reconstruction loss, training", 5), ("val_psnr", "PSNR, validation, dB", 1)):

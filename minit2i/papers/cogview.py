@@ -29,7 +29,8 @@ Commands
     python train_prior.py --recipe cogview --init out/cogview --vq out/cogview/vq --model cogview_captioner \
         --data path/to/images --out out/capt
     python train_prior.py --recipe cogview --init out/cogview --vq out/cogview/vq \
-        --condition separated,separated_coarse --image_size 128 --resize 192 --crops 4 --data path/to/images --out out/larger              on crops, as windows are
+        --condition separated,separated_coarse --image_size 128 --resize 192 --crops 4 --data path/to/images \
+        --out out/larger                                               on crops, as windows are
     python sample.py --model out/cogview --prompt "a red circle" --best_of 16 --judge out/capt --enlarge out/larger
 
 results: minit2i/experiments/README.md, "quantizers", "super-resolution", "captioner", "float16"

@@ -4,21 +4,24 @@ The masked model is MaskGIT, Chang et al., 2022-02, arXiv:2202.04200.  Its maske
 means the attention mask.
 
 What it adds
-    tokenizer   Taming's VQGAN; its decoder is finetuned afterwards            parti.py:load_frozen, --train decoder
+    tokenizer   Taming's VQGAN, convolutional throughout                       taming.py, --attention none
+                its decoder is finetuned afterwards                            parti.py:load_frozen, --train decoder
     prior       hidden codes learned from visible ones; cosine mask rate       MaskedGPT.loss, hide
+                all blocks attend to the caption: to a frozen T5's states,     FrozenT5, T5, T5Text
+                or to those of an encoder trained with the prior               parti.py:TextEncoder
+                a tenth of the captions dropped: they attend to nothing        --cond_drop, Condition.memory_seen
                 all codes sampled in parallel, over a few steps                MaskedGPT.generate, n_still_hidden
+                super-resolution: a second masked model, of a finer            CoarseCodes, --enlarge_steps
+                tokenizer's codes, attends to the text and the coarse codes
                 inpainting and outpainting without finetuning                  MaskedGPT.generate (known)
-                a frozen T5 encoder reads the caption, for cross-attention     FrozenT5, T5, T5Text
                 guidance that rises over the steps, negative prompts           sample.py:SCHEDULES, --negative
-                a tenth of the captions dropped in training                    tokens.py:Coded, --cond_drop
-                super-resolution by a second masked model                      --model masked --condition text,coarse
 
 What differs here
-    The VQGAN keeps its attention (Muse's is convolutional throughout, for images larger than it was trained on).
-    Captions are SentencePiece ids in the prefix unless --condition t5 names a T5 folder; its pads are learned vectors.
-    Super-resolution encodes the smaller image with the same tokenizer and puts its codes in the prefix (Muse: codes of
-    a finer tokenizer, which attends to the coarse codes).
-    Mask-free editing is left out.
+    The recipe trains a text encoder of its own; --condition t5 reads the captions with a T5 folder, as the paper does.
+    Pads are hidden from attention, as T5 hides them; the paper does not say.
+    Super-resolution is from the same image size unless --coarse_shrink 2 (Muse: 256 to 512 pixels).  That 2 blocks read
+    the coarse codes, and one begin token stands before the codes, is our choice.
+    Mask-free editing, which resamples a few codes of an image at a time, is left out.
     Sampling is at the temperature and top-p of all priors (MaskGIT: 1, all codes).
     AdamW replaces Adafactor, with the same beta2 and weight decay; learning rates fall along a cosine.
 
@@ -28,6 +31,10 @@ Commands
     python train_prior.py --recipe muse --data path/to/images --vq out/muse-vq --out out/muse
     python train_prior.py --recipe muse --condition t5 --t5 path/to/t5-v1_1-base --data path/to/images \
         --vq out/muse-vq --out out/muse-t5
+    python train_vq.py --recipe muse --stride 4 --data path/to/images --out out/muse-vq4
+    python train_prior.py --recipe muse --condition encoder,coarse_codes --coarse_vq out/muse/vq \
+        --data path/to/images --vq out/muse-vq4 --out out/muse-larger
+    python sample.py --model out/muse --prompt "a red circle" --enlarge out/muse-larger
     python sample.py --model out/muse --prompt "a red circle" --steps 12 --image photo.png --inpaint_mask hole.png
 
 results: minit2i/experiments/README.md, "masked-steps", "masked-guidance"
@@ -37,6 +44,7 @@ import hashlib
 import math
 import os
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -46,16 +54,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minit2i.checkpoint import read_config, read_hf
+from minit2i.checkpoint import file_hash, read_config, read_hf
 from minit2i.config import Settings, at_least, between, pick
 from minit2i.data import cached_array
 from minit2i.demo import demo
-from minit2i.gpt import CONDITIONS, GPT, MODELS, Condition, Linear, Prior, cross_entropy, without_text
+from minit2i.gpt import CONDITIONS, GPT, MODELS, Condition, Context, Linear, Prior, View
+from minit2i.gpt import cross_entropy, views_of, without_text
+from minit2i.papers.parti import Encoder
 from minit2i.papers.taming import RECIPE as TAMING
 from minit2i.tokens import read_pieces
+from minit2i.vq import build_vq, shrink
 
 # --- STAGE 1: tokenizer ----------------------------------------------------------------------------------
-# Nothing to add: Taming's VQGAN.
+# Nothing to add: Taming's VQGAN, with --attention none.
 
 
 # --- STAGE 2: prior --------------------------------------------------------------------------------------
@@ -106,6 +117,7 @@ class MaskedSampling(Settings):
 
     group = "Masked priors"
     steps: Annotated[int, "parallel steps that an image is sampled in", at_least(1)] = 24
+    enlarge_steps: Annotated[int, "the same for priors that enlarge images (Muse: 8)", at_least(1)] = 8
     choice_noise: Annotated[float, "Gumbel noise, falling to 0, on which codes a step keeps", at_least(0)] = 4.5
 
 
@@ -134,10 +146,12 @@ class MaskedGPT(GPT):
 
     def logits(self, batch):
         """-> None, logits of all codes (B, N, n_codes), each from its own position."""
-        prefix, context = self.condition(batch)
-        codes = batch.get("visible_codes", batch["codes"])
-        x = self.trunk(self.arrange(prefix, self.embed_codes(codes)), context=context)
-        return None, self.image_head(x[:, self.layout.n_prefix :])
+        return None, self.code_logits(batch.get("visible_codes", batch["codes"]), *self.condition(batch))
+
+    def code_logits(self, codes, prefix, context):
+        """codes (B, N) with -1 where hidden, and what `condition` returns -> (B, N, n_codes)."""
+        x = self.trunk(self.arrange(prefix, self.embed_codes(codes)), context=context)  # (B, L, D)
+        return self.image_head(x[:, self.layout.n_prefix :])
 
     def loss(self, batch, train=False):
         """Cross-entropy of the hidden codes alone (Muse sec. 2.6); label smoothing in training."""
@@ -161,17 +175,20 @@ class MaskedGPT(GPT):
         Confidence is the sampled code's log probability with guidance, before filters, plus Gumbel noise times
         choice_noise (1 - u).  MaskGIT sec. 3.2.
         """
-        b, n_image, device = len(sampler), self.cfg.n_image, batch["text"].device
+        n_prompts, b, n_image, device = len(batch["text"]), len(sampler), self.cfg.n_image, batch["text"].device
         codes = torch.full((b, n_image), -1, device=device) if known is None else known.clone()
-        n_at_start, n_steps = (codes < 0).sum(1), sampler.cfg.steps  # (B,)
-        batch = {k: v.repeat_interleave(b // len(v), 0) for k, v in batch.items()}
-        if sampler.guided:
-            batch = without_text(batch, empty)  # (2B, ...)
+        enlarges = any(view.ratio > 1 for view in views_of(self.cfg))
+        n_at_start, n_steps = (codes < 0).sum(1), sampler.cfg.enlarge_steps if enlarges else sampler.cfg.steps  # (B,)
+        rows = torch.arange(n_prompts, device=device).repeat_interleave(b // n_prompts)  # (B,) the prompt of each image
+        if sampler.guided:  # the unconditional half follows
+            batch, rows = without_text(batch, empty), torch.cat([rows, rows + n_prompts])
+        prefix, context = self.condition(batch)  # a prompt is read once for all its images and steps
+        prefix, context = prefix[rows], Context(*(None if x is None else x[rows] for x in context))
         for step in range(n_steps):
             u, noise = (step + 1) / n_steps, sampler.uniform(2, n_image)  # (B, 2, N)
             both = torch.cat([codes, codes]) if sampler.guided else codes
-            logits = self.logits(batch | {"codes": both})[1].float()  # (2B, N, V)
-            logits = sampler.guide(logits, u).flatten(0, 1)  # (B N, V)
+            logits = self.code_logits(both, prefix, context).float()  # (2B, N, V)
+            logits = sampler.guide(logits, sampler.scale(u)).flatten(0, 1)  # (B N, V)
             sampled = sampler.pick(sampler.filter(logits), noise[:, 0].flatten()).view(b, -1)  # (B, N)
             log_p = -F.cross_entropy(logits, sampled.flatten(), reduction="none").view(b, -1)
             gumbel = -(-noise[:, 1].clamp_min(1e-20).log()).clamp_min(1e-20).log()
@@ -317,7 +334,8 @@ def folder_hash(folder):
 
 
 class T5Text:
-    """Captions -> states (T, W) of the frozen encoder, zeros at pads; in place of tokens.Text and its ids.
+    """Captions -> states (T, W) of the frozen encoder, in place of tokens.Text and its ids; zeros at pads, and only
+    zeros for the empty caption: what is zero is hidden from attention.
 
     `remember` encodes all captions of a training set once, into a cache.
     """
@@ -337,9 +355,9 @@ class T5Text:
         self.n_cut += sum(len(p) > self.length - 1 for p in pieces)
         pieces = [[*p[: self.length - 1], self.sp.eos_id()] for p in pieces]
         ids = torch.tensor([p + [self.sp.pad_id()] * (self.length - len(p)) for p in pieces])
-        seen = torch.tensor([[t < len(p) for t in range(self.length)] for p in pieces])
-        states = self.model(ids.to(self.device), seen.to(self.device))
-        return states * seen[..., None].to(self.device)
+        seen = torch.tensor([[t < len(p) for t in range(self.length)] for p in pieces]).to(self.device)
+        empty = torch.tensor([len(p) == 1 for p in pieces]).to(self.device)  # the end token alone
+        return self.model(ids.to(self.device), seen) * (seen & ~empty[:, None])[..., None]
 
     def encode(self, caption, dropout=0.0, rng=None):
         """caption -> states (T, W); dropout and rng are for tokens.Text."""
@@ -348,18 +366,27 @@ class T5Text:
             return torch.from_numpy(self.memory[self.rows[caption]].astype(np.float32))
         return self.states([caption])[0].cpu()
 
+    def __getstate__(self):
+        """A spawned worker receives no model, and maps what is remembered again."""
+        return self.__dict__ | ({"model": None, "memory": None} if self.rows else {})
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        if self.rows:
+            self.memory = np.load(self.path, mmap_mode="r")
+
     def remember(self, captions, folder, procs, batch=64):
         """Encode all captions once, each process a share, into a float16 array (n, T, W) that later runs find."""
         captions = sorted({"", *captions})
         text = "\0".join([self.hash, str(self.length), *captions]).encode("utf-8", "replace")
-        path, n = Path(folder, f"states-{hashlib.sha256(text).hexdigest()[:16]}.npy"), len(captions)
+        path, n = Path(folder, f"captions-{hashlib.sha256(text).hexdigest()[:16]}.npy"), len(captions)
 
         def fill(array, rows):
             for k in tqdm(range(rows.start, rows.stop, batch), desc="encoding captions", disable=not procs.main):
                 part = slice(k, min(k + batch, rows.stop))
                 array[part] = self.states(captions[part]).cpu().numpy()
 
-        self.memory = cached_array(path, (n, self.length, self.width), np.float16, fill)
+        self.path, self.memory = path, cached_array(path, (n, self.length, self.width), np.float16, fill)
         self.rows = {caption: k for k, caption in enumerate(captions)}
 
 
@@ -376,7 +403,8 @@ class FrozenT5Config(Settings):
 class FrozenT5(Condition):
     """States of a frozen T5 encoder, linearly projected, as a memory for cross-attention (Muse sec. 2.1, 2.3).
 
-    One begin token stands before the codes.  Deviation: a pad is a learned vector of its text position, as in DALL-E.
+    One begin token stands before the codes.  Pads are hidden from attention as in T5 itself, whatever --pads says, and
+    so is the whole empty caption: a dropped caption leaves self-attention alone (sec. 2.7).
     """
 
     Config = FrozenT5Config
@@ -386,10 +414,7 @@ class FrozenT5(Condition):
     def __init__(self, cfg):
         super().__init__(cfg)
         self.memory_length = cfg.text_len
-        self.begin, self.pads = (
-            nn.Parameter(torch.empty(1, 1, cfg.n_embd)),
-            nn.Parameter(torch.empty(cfg.text_len, cfg.n_embd)),
-        )
+        self.begin = nn.Parameter(torch.empty(1, 1, cfg.n_embd))
         if cfg.pos == "learned":
             self.pos = nn.Parameter(torch.empty(1, cfg.n_embd))
         self.project = Linear(cfg.t5_width, cfg.n_embd)
@@ -420,19 +445,92 @@ class FrozenT5(Condition):
         return self.begin.expand(len(batch["text"]), 1, -1)
 
     def memory(self, batch, embed):
-        states = batch["text"]  # (B, T, W), zeros at pads
-        projected = self.project(states.to(self.project.weight.dtype))
-        return torch.where(states.any(-1, keepdim=True), projected, self.pads)
+        return self.project(batch["text"].to(self.project.weight.dtype))  # (B, T, W) -> (B, T, D)
+
+    def memory_seen(self, batch):
+        return batch["text"].any(-1)
 
 
 CONDITIONS["t5"] = FrozenT5
 
 
+@dataclass(frozen=True)
+class CoarseCodesConfig(Settings):
+    """Settings of --condition coarse_codes."""
+
+    group = "--condition coarse_codes"
+    coarse_vq: Annotated[str, "the tokenizer of the prior whose images are enlarged, its folder's vq"] = ""
+    coarse_shrink: Annotated[int, "how many times smaller its images are (Muse: 2)", at_least(1)] = 1
+    n_coarse: Annotated[int, "blocks that read the coarse codes", at_least(1)] = 2
+    coarse_hash: str = ""
+    coarse_stride: int = 0
+    coarse_n_codes: int = 0
+    coarse_ratio: int = 0  # codes for each coarse code, in each direction
+
+
+class CoarseCodes(Condition):
+    """Super-resolution: the codes that a coarser tokenizer gives the image, or a smaller one, as a memory (sec. 2.4).
+
+    Blocks of self-attention read the coarse codes; all blocks attend to their states and the text's.  Stands beside a
+    text condition.
+    """
+
+    Config = CoarseCodesConfig
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.window_plan = "centre_outward" if cfg.mask == "bidirectional" else "centre_continuous"
+        if cfg.grid_h % cfg.coarse_ratio or cfg.grid_w % cfg.coarse_ratio:
+            raise ValueError(
+                f"{cfg.grid_h}x{cfg.grid_w} codes are not a multiple of {cfg.coarse_ratio}, the codes for each coarse "
+                "one; use another --image_size"
+            )
+        self.memory_length = (cfg.grid_h // cfg.coarse_ratio) * (cfg.grid_w // cfg.coarse_ratio)
+        self.embedding = nn.Embedding(cfg.coarse_n_codes, cfg.n_embd)
+        self.encoder = Encoder(replace(cfg, pos="learned"), cfg.n_coarse, self.memory_length)
+
+    @classmethod
+    def settle(cls, cfg):
+        if cfg.condition == "coarse_codes":
+            raise ValueError("coarse_codes stands beside a caption: use --condition encoder,coarse_codes or alike")
+        if cfg.coarse_hash:
+            return cfg
+        if not cfg.coarse_vq:
+            raise ValueError("--condition coarse_codes needs --coarse_vq, the vq of the folder of a prior to enlarge")
+        with torch.device("meta"):
+            vq = build_vq(read_config(cfg.coarse_vq)["model"]).cfg
+        found = file_hash(Path(cfg.coarse_vq, "model.safetensors"))
+        return replace(cfg, coarse_hash=found, coarse_stride=vq.stride, coarse_n_codes=vq.n_codes)
+
+    @classmethod
+    def fit(cls, cfg, stride):
+        ratio, rest = divmod(cfg.coarse_stride * cfg.coarse_shrink, stride)
+        if rest or ratio < 2:
+            raise ValueError(
+                f"the coarse tokenizer's stride {cfg.coarse_stride}, times coarse_shrink {cfg.coarse_shrink}, is not a "
+                f"multiple of the stride {stride} of --vq, or not above it; use a finer tokenizer as --vq"
+            )
+        return replace(cfg, coarse_ratio=ratio)
+
+    @staticmethod
+    def extra_codes(cfg):
+        name = f"shrink{cfg.coarse_shrink}" if cfg.coarse_shrink > 1 else ""
+        view = partial(shrink, scale=cfg.coarse_shrink)
+        return View("coarse", view, name, cfg.coarse_ratio, cfg.coarse_vq, cfg.coarse_hash)
+
+    def memory(self, batch, embed):
+        return self.encoder(self.embedding(batch["coarse"]))  # (B, M, D)
+
+
+CONDITIONS["coarse_codes"] = CoarseCodes
+
+
 # --- RECIPE ----------------------------------------------------------------------------------------------
 
 RECIPE = {  # sec. 2; sizes, codebook and steps are a laptop's, for images of 64 pixels
-    "vq": TAMING["vq"],
-    "prior": dict(model="masked", norm="layernorm", mlp="gelu", qk_norm=False, pos="learned")
+    "vq": TAMING["vq"] | dict(attention="none"),
+    "prior": dict(model="masked", condition="encoder", n_encoder=2, pads="hidden")
+    | dict(norm="layernorm", mlp="gelu", qk_norm=False, pos="learned")
     | dict(label_smoothing=0.1, text_weight=0.0, bpe_dropout=0.0, beta2=0.96, weight_decay=0.045),
 }
 

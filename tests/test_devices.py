@@ -1,0 +1,138 @@
+"""What GPUs and Apple's device need, as far as a CPU can tell."""
+
+import tracemalloc
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.nn.functional as F
+from priors import CASES, batch, build
+from safetensors.torch import load_file
+from test_gpt import generate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minit2i import collectives, parallel, train
+from minit2i.checkpoint import save_tensors
+from minit2i.gpt import MODELS
+from minit2i.train import Processes
+from minit2i.vq import build_vq, exact_products, nearest_code
+
+GPU = torch.device("cuda", 0)
+SMALL_VQ = dict(stride=4, ch=8, n_res=1, n_codes=64, code_dim=4)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Context in which no operation may give float64, which Apple's device does not have."""
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        if any(torch.is_tensor(x) and x.dtype == torch.float64 for x in tree_leaves(out)):
+            raise TypeError(f"{f} gives float64")
+        return out
+
+
+def test_no_float64_is_noticed():
+    with NoFloat64(), pytest.raises(TypeError, match="gives float64"):
+        torch.ones(2).double()
+
+
+@pytest.mark.parametrize("how", [{"condition": c} for c in CASES] + [{"model": m} for m in MODELS], ids=str)
+def test_priors_train_and_sample_without_float64(how):
+    model = build(**how, grid_h=4, grid_w=4)
+    inputs = batch(model)
+    with NoFloat64():
+        inputs = model.corrupt(inputs, range(3))
+        sum(model(inputs, train=True).values()).backward()
+        if getattr(model.cfg, "n_codes", 0) and how.get("model", "gpt") in ("gpt", "masked"):
+            generate(model, {k: v for k, v in batch(model).items() if k != "codes"})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"backbone": b} for b in ("vqvae", "dvae", "vqgan", "movq")] + [{"quantizer": q} for q in ("st", "gumbel")],
+    ids=str,
+)
+def test_tokenizers_train_without_float64(how):
+    vq, images = build_vq(SMALL_VQ | how), torch.rand(2, 3, 16, 16) * 2 - 1
+    with NoFloat64():
+        maps, z, codes, loss = vq(images, train=True)
+        (maps.float().square().mean() + loss).backward()
+        vq.quantizer.start(z.detach())
+        vq.quantizer.update(z.detach(), codes, 0)
+        vq.decode(vq.encode(images))
+
+
+@pytest.mark.parametrize("backbone", ["vqgan", "movq"])
+def test_attention_of_tokenizers_has_contiguous_heads(backbone, monkeypatch):
+    """Otherwise no fused kernel takes them."""
+    strides, attention = set(), F.scaled_dot_product_attention
+
+    def look(q, k, v, **how):
+        strides.update(x.stride(-1) for x in (q, k, v))
+        return attention(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    build_vq(SMALL_VQ | {"backbone": backbone})(torch.zeros(1, 3, 16, 16))
+    assert strides == {1}
+
+
+def test_a_gpu_trains_with_tf32_but_chooses_codes_exactly(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    try:
+        train.set_up(GPU)
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
+        with exact_products(GPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.slow
+def test_choosing_codes_compiles_to_one_graph():
+    z, codebook, graphs = torch.randn(20, 4), torch.randn(7, 4), []
+    torch._dynamo.reset()
+    compiled = torch.compile(nearest_code, backend=lambda graph, inputs: graphs.append(1) or graph)
+    assert compiled(z, codebook).equal(nearest_code(z, codebook)) and len(graphs) <= 1
+
+
+def test_a_job_that_hangs_gives_its_gpus_back_but_may_wait_for_one_process(monkeypatch):
+    joined, groups = [], []
+    monkeypatch.setattr(collectives.dist, "init_process_group", lambda backend, **how: joined.append((backend, how)))
+    monkeypatch.setattr(collectives.dist, "get_backend", lambda world: "nccl")
+    monkeypatch.setattr(collectives.dist, "new_group", lambda **how: groups.append(how) or "group")
+    collectives.connect(GPU), collectives.connect(torch.device("cpu"))
+    (nccl, how), (gloo, patient) = joined
+    assert (nccl, how["device_id"], gloo) == ("nccl", GPU, "gloo")
+    assert timedelta(minutes=1) <= how["timeout"] <= timedelta(minutes=30) < patient["timeout"]
+    assert collectives.patient("a world") == collectives.patient("a world") == "group"
+    assert groups == [{"backend": "gloo", "timeout": patient["timeout"]}]
+
+
+def test_a_sharded_model_without_room_is_not_sampled(monkeypatch, capsys):
+    model = build()
+    monkeypatch.setattr(parallel, "is_sharded", lambda tensors: True)
+    procs = Processes("cpu", "fp32")
+    assert parallel.unsharded(model, procs).state_dict().keys() == model.state_dict().keys()
+    monkeypatch.setattr(parallel, "free_memory", lambda device: 1000)
+    assert parallel.unsharded(model, procs) is None
+    assert "no samples: the GPU has no room" in capsys.readouterr().out
+
+
+def test_saving_holds_no_second_copy(tmp_path):
+    """Any type, shape and layout; tensor by tensor."""
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+    tensors = {str(kind): torch.arange(5).to(kind) for kind in kinds}
+    tensors |= {"bool": torch.tensor([True, False, True]), "step": torch.tensor(3.0), "none": torch.zeros(0, 4)}
+    tensors |= {"turned": torch.arange(6.0).view(2, 3).t(), "large": torch.rand(2**20)}
+    tracemalloc.start()
+    save_tensors(tmp_path / "x.safetensors", tensors, step=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys() and all(
+        found[k].equal(v) and found[k].dtype == v.dtype for k, v in tensors.items()
+    )
+    assert peak < 2**20 * 4 / 4
