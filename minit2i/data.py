@@ -40,6 +40,12 @@ N_SCENES = 200_000  # of --data scenes
 WHAT = "'scenes' or scenes:NUMBER, a folder, tar shards (path, glob, {00000..00041}), or several: see data.py"
 
 
+def spare_cores():
+    """Cores that this process may use beside one for itself, at most 8; torchrun's processes share a computer's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
 @dataclass(frozen=True)
 class DataConfig(Settings):
     """The images and how they are cropped."""
@@ -54,7 +60,7 @@ class DataConfig(Settings):
     image_size: Annotated[str, "pixels: 64, or HEIGHTxWIDTH as 96x64; empty: 64, or the tokenizer's"] = ""
     resize: Annotated[int, "short side after resizing, before the crop; 0: just large enough", at_least(0)] = 0
     crop: Annotated[str, "where random crops lie: any, or as in DALL-E's training: dvae, dalle", RARE] = "any"
-    workers: Annotated[int, "loader processes", Group("Scale"), at_least(0)] = 2
+    workers: Annotated[int, "loader processes", Group("Scale"), at_least(0)] = spare_cores()
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from minit2i import collectives, parallel, train
 from minit2i.checkpoint import save_tensors
+from minit2i.data import spare_cores
 from minit2i.gpt import MODELS
 from minit2i.train import Processes
 from minit2i.vq import build_vq, exact_products, nearest_code
@@ -136,3 +137,10 @@ def test_saving_holds_no_second_copy(tmp_path):
         found[k].equal(v) and found[k].dtype == v.dtype for k, v in tensors.items()
     )
     assert peak < 2**20 * 4 / 4
+
+
+def test_workers_take_the_cores_that_training_leaves(monkeypatch):
+    for cores, processes, workers in ((1, 1, 0), (2, 1, 1), (16, 1, 8), (16, 8, 1), (4, 8, 0)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert spare_cores() == workers

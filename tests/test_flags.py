@@ -70,7 +70,7 @@ def save(folder, flags, state=True):
 def test_later_settings_win(tmp_path, capsys):
     """defaults | recipe | size | saved | given."""
     model, data, train = parse("--out x")
-    assert (model.width, model.kind, train.lr, data.workers) == (8, "plain", TrainConfig.lr, 2)
+    assert (model.width, model.kind, train.lr, data.workers) == (8, "plain", TrainConfig.lr, DataConfig.workers)
     model, _, train = parse("--out x --recipe paper --lr 0.5")
     assert (model.width, model.kind, model.tau, model.deep, train.lr) == (16, "soft", 1.0, True, 0.5)
     assert parse("--out x --recipe paper --model_size big")[0].width == 64
