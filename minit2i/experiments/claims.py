@@ -98,9 +98,9 @@ CLAIMS = {
     ),
     "pre-trained-encoder": Claim(
         "Pre-training the text encoder on words and contrast helps to draw (Parti, sec. 2.2)",
-        f"{PRIOR} {ENCODER} --steps 1000",
+        f"{PRIOR} {ENCODER} --steps 700",
         ("pre-trained", "--init {towers} --model gpt"), ("from scratch", ""), "val_image_loss", -1,
-        {"towers": f"{PRIOR} --model towers --n_encoder 3 --batch_size 32 --steps 600"},
+        {"towers": f"{PRIOR} --model towers --n_encoder 3 --batch_size 32 --steps 500"},
     ),
     "encoder-decoder": Claim(
         "An encoder and a decoder are better than a decoder alone (Parti, sec. 2.1; equal parameters within 3 %)",
