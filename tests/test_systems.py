@@ -89,11 +89,11 @@ def test_rows_are_trained_once_measured_and_put_side_by_side(images, tmp_path, m
     monkeypatch.setattr(subprocess, "run", here)
     small = COMMON_FLAGS.replace("--image_size 32 ", "").replace("--device cpu ", "")
 
-    def run_main(recipes, vq="", prior=""):
+    def run_main(recipes, vq="--steps 2", prior="--steps 2"):
         flags = f"--out {tmp_path} --data {images} --image_size 16x24 --n_codes 16 --vocab_size 300 --device cpu"
-        flags += f" --vq_params 120000 --prior_params 400000 --compose {images} --recipes {recipes}"
-        vq = f"{small} --steps 2 --perceptual none --discriminator none {vq}"
-        prior = f"{small} --steps 2 --cache {tmp_path / 'cache'} {prior}"
+        flags += f" --vq_params 130000 --prior_params 520000 --compose {images} --recipes {recipes}"
+        vq = f"{small} --perceptual none --discriminator none {vq}"
+        prior = f"{small} --cache {tmp_path / 'cache'} {prior}"
         monkeypatch.setattr("sys.argv", ["systems", *flags.split(), "--vq", vq, "--prior", prior])
         systems.main()
 
