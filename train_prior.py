@@ -42,8 +42,12 @@ from minit2i.vqmodel import copy_tokenizer, tokenizer_config
 class PriorTrainConfig(TrainConfig):
     """How to train the prior."""
 
-    vq: Annotated[str, "the tokenizer's folder, or one that diffusers wrote (--vq_range); the run keeps a copy"] = "out/vq"
-    vq_range: Annotated[str, "range of its pixels, 0,1 or -1,1, if diffusers wrote that folder", Group("Data"), RARE] = ""
+    vq: Annotated[str, "the tokenizer's folder, or one that diffusers wrote (--vq_range); the run keeps a copy"] = (
+        "out/vq"
+    )
+    vq_range: Annotated[
+        str, "range of its pixels, 0,1 or -1,1, if diffusers wrote that folder", Group("Data"), RARE
+    ] = ""
     cache: Annotated[str, "folder for the images' codes, which later runs find", Group("Data")] = "out/cache"
     crops: Annotated[int, "crops of each image; 1: the central one", Group("Data"), at_least(1)] = 1
     code_samples: Annotated[
@@ -220,7 +224,10 @@ def settle(model_cfg, data_cfg, cfg):
 
 def check_vocabulary(model_cfg, cfg):
     """ValueError if --vocab_size or --grow_vocab would do nothing."""
-    asked = cfg.vocab_size not in (PriorTrainConfig.vocab_size, cfg.init and read_config(cfg.init)["train"].get("vocab_size"))
+    asked = cfg.vocab_size not in (
+        PriorTrainConfig.vocab_size,
+        cfg.init and read_config(cfg.init)["train"].get("vocab_size"),
+    )
     if cfg.grow_vocab and not cfg.init:
         raise ValueError("--grow_vocab extends the text model of another run: it needs --init")
     if cfg.grow_vocab and any(condition.reads_captions for condition in conditions_of(model_cfg)):

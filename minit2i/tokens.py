@@ -108,12 +108,16 @@ class Text:
         """
         text, letters, words = Text(proto, 3), Counter(), Counter()
         if vocab_size <= text.n_vocab:
-            raise ValueError(f"--grow_vocab: the text model has {text.n_vocab} tokens already; use a larger --vocab_size")
+            raise ValueError(
+                f"--grow_vocab: the text model has {text.n_vocab} tokens already; use a larger --vocab_size"
+            )
         for word in (word for caption in captions for word in text.words(caption)):
             letters.update(c for c in word if c not in text.rank)
             words.update(WORD.findall(word)[:1])
         several = {w: n for w, n in words.items() if w not in text.added and len(text.merge([*w[:200]])) > 1}
-        found = [(-n, piece, kind) for some, kind in ((letters, NORMAL), (several, UNUSED)) for piece, n in some.items()]
+        found = [
+            (-n, piece, kind) for some, kind in ((letters, NORMAL), (several, UNUSED)) for piece, n in some.items()
+        ]
         found = sorted(x for x in found if x[0] < -1 and len(x[1]) <= 200)[: vocab_size - text.n_vocab]
         lowest = min(text.sp.get_score(i) for i in range(text.n_vocab))
         return proto + b"".join(piece_field(piece, lowest - 1 - i, kind) for i, (_, piece, kind) in enumerate(found))

@@ -532,7 +532,9 @@ def test_the_compiled_loop_samples_the_same_from_few_graphs(mask, pads, monkeypa
     torch._dynamo.reset()
     model.compile_step()
     step = model.compiled_step
-    model.compiled_step = lambda code, at, cache, *more: lengths.add(cache.kv[0][0].shape[2]) or step(code, at, cache, *more)
+    model.compiled_step = lambda code, at, cache, *more: (
+        lengths.add(cache.kv[0][0].shape[2]) or step(code, at, cache, *more)
+    )
     for _ in range(2):  # the second time with another cache
         assert generate(model, inputs).equal(expected)
     assert len(graphs) == 2 and lengths == {32, 64, 96, 128, 5 + 143}

@@ -241,7 +241,9 @@ def test_a_window_shorter_than_the_sequence_is_refused(words, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": window}))
         model = prior(tmp_path)
         if refused:
-            with pytest.raises(ValueError, match=rf"last {n - 1} positions \(sliding_window\), .* this sequence has {n};"):
+            with pytest.raises(
+                ValueError, match=rf"last {n - 1} positions \(sliding_window\), .* this sequence has {n};"
+            ):
                 model.check(1 / 8)
         else:
             model.check(1 / 8)

@@ -63,7 +63,9 @@ def naive(pipeline, prompts, cfg, known=None, coarse=None):
             for k in range(n_image):
                 texts = [text, empty] if sampler.guided else [text]
                 logits = torch.cat([model.logits(batch | {"text": t})[1][:, k] for t in texts])
-                code = sampler.pick(sampler.filter(sampler.guide(logits, sampler.scale((k + 1) / n_image))), noise[:, k])
+                code = sampler.pick(
+                    sampler.filter(sampler.guide(logits, sampler.scale((k + 1) / n_image))), noise[:, k]
+                )
                 codes[:, k] = code if known is None or known[b].flatten()[k] < 0 else known[b].flatten()[k]
             out.append(codes.view(pipeline.grid))
     return torch.stack(out)
