@@ -222,7 +222,8 @@ class Crops(torch.utils.data.Dataset):
     def digest(self):
         """A hash of all that the crops depend on: the listing, sizes and times of the files, and the settings."""
         images, source = self.images, self.images.source
-        settings = [type(source).__name__, images.size, images.cfg.resize, images.captions, self.crops, self.seed]
+        seed = self.seed if self.crops > 1 or self.samples else 0  # nothing is random in one central crop
+        settings = [type(source).__name__, images.size, images.cfg.resize, images.captions, self.crops, seed]
         settings += [images.cfg.crop] if images.cfg.crop != "any" else []
         settings += [self.samples, self.temperature] if self.samples else []
         digest = hashlib.sha256(json.dumps(settings).encode())

@@ -137,6 +137,7 @@ def test_the_caches_name_depends_on_all_its_inputs(damaged):
     others = [digest(crops=2), digest(seed=1), digest(captions=False), digest(cfg=replace(cfg, image_size="32"))]
     others += [digest(cfg=replace(cfg, resize=0)), Crops(source, indices[1:], cfg, 3).digest()]
     assert len({before, *others}) == 7 and before == crops.digest()
+    assert digest(crops=1) == digest(crops=1, seed=1), "a second seed need not encode central crops again"
     os.utime(source.paths[[source.key(i) for i in indices].index("upper.PNG")], (1, 1))
     assert digest() != before
 
