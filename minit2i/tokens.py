@@ -270,7 +270,7 @@ def code_cache(folder, crops, vq, procs, view=lambda images: images, name=""):
 
 @torch.no_grad()
 def encode(codes, rows, crops, vq, procs, view, batch=64):
-    """Fill this process's rows of codes (n, crops x samples, h, w); write skipped.json with the entries that cannot be used."""
+    """Fill this process's rows of codes (n, crops x samples, h, w); write skipped.json with unusable entries."""
     share = range(rows.start * crops.crops, rows.stop * crops.crops)
     loader = torch.utils.data.DataLoader(
         crops, batch, sampler=share, num_workers=crops.images.cfg.workers, collate_fn=list
