@@ -98,7 +98,7 @@ def their_keys(own, theirs):
 
 
 def is_vqmodel(folder):
-    """Whether a folder holds a model of diffusers; ValueError if it is another one than a VQModel, which has no codes."""
+    """Whether a folder holds diffusers' VQModel; ValueError if it holds another of its models, which has no codes."""
     path = Path(folder, "config.json")
     kind = read_config(folder, ()).get("_class_name") if path.exists() else None
     if kind not in (None, "VQModel"):

@@ -11,7 +11,8 @@ from minit2i import tokenizer_losses, vq
 from minit2i.experiments import claims
 from minit2i.experiments.claims import CLAIMS, ClaimsConfig, verdict
 from minit2i.flags import parse_flags
-from minit2i.gpt import CONDITIONS, MODELS, GPTConfig
+from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, build_prior
+from minit2i.train import n_params
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -27,6 +28,15 @@ def test_a_claims_flags_are_those_of_its_script(name, tmp_path):
             configs = (vq.VQConfig, train_vq.VQDataConfig, train_vq.VQTrainConfig)
             parse_flags("", configs, vq.PARTS | tokenizer_losses.PARTS, {}, argv=argv)
     assert claim.first[1] != claim.second[1] and claim.sign in (1, -1)
+
+
+def test_encoder_decoder_and_decoder_have_as_many_parameters():
+    shape, sizes = dict(n_embd=128, n_head=4, text_len=28, n_vocab=512, n_codes=512, grid_h=8, grid_w=8), []
+    for _, flags in (CLAIMS["encoder-decoder"].first, CLAIMS["encoder-decoder"].second):
+        words = flags.replace("--", "").split()
+        settings = {k: int(v) if v.isdigit() else v for k, v in zip(words[::2], words[1::2])}
+        sizes.append(n_params(build_prior(shape | settings)))
+    assert abs(sizes[0] / sizes[1] - 1) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,9 @@ CLAIMS = {
         {"towers": f"{PRIOR} --model towers --n_encoder 3 --batch_size 32 --steps 500"},
     ),
     "encoder-decoder": Claim(
-        "An encoder and a decoder are better than a decoder alone (Parti, sec. 2.1; equal parameters within 3 %)",
+        "An encoder and a decoder are better than a decoder alone (Parti, sec. 2.1; parameters within 1 %)",
         PRIOR + " --text_weight 0",
-        ("encoder 2, decoder 3", "--condition encoder --n_encoder 2 --n_layer 3"), ("decoder 6", "--n_layer 6"),
+        ("encoder 1, decoder 4", "--condition encoder --n_encoder 1 --n_layer 4"), ("decoder 6", "--n_layer 6"),
         "val_image_loss", -1,
     ),
     "bpe-dropout": Claim(
@@ -147,7 +147,7 @@ def train(flags, folder, seed, vq):
 
 
 def measure(folder, flags, n):
-    """A finished run's last figures in its log; of a prior also the oracle's accuracy, in %, on n prompts a category."""
+    """A finished run's last figures in its log; of a prior also the oracle's accuracy in %, n prompts a category."""
     figures = {k: v for r in read_log(folder / "log.jsonl") for k, v in r.items() if k.startswith(("val_", "code_use"))}
     if is_prior(flags):
         pipe = Pipeline(folder)

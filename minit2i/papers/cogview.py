@@ -246,8 +246,8 @@ CONDITIONS |= {"coarse": CoarsePrefix, "separated_coarse": SeparatedCoarse}
 class CogView(GPT):
     """CogView's sequence, all of which is learned: caption, separators, codes and the end of the image (sec. 2.1).
 
-    One softmax over all tokens but pads, tied to the embedding; sampling is restricted to codes.  "image" is the loss of
-    codes (coarse ones, too), "text" of everything else.
+    One softmax over all tokens but pads, tied to the embedding; sampling is restricted to codes.  "image" is the
+    loss of codes (coarse ones, too), "text" of everything else.
     """
 
     @classmethod
@@ -265,7 +265,7 @@ class CogView(GPT):
         """None: the embedding is the output layer."""
 
     def tied(self, x, weight):
-        """Hidden states (B, S, D), rows of the embedding (V, D) -> logits (B, S, V), in float32 with cfg.fp32_logits."""
+        """Hidden states (B, S, D), rows of the embedding (V, D) -> logits (B, S, V); float32 with cfg.fp32_logits."""
         if not self.cfg.fp32_logits:
             return F.linear(x, weight)
         with torch.autocast(x.device.type, enabled=False):
@@ -440,8 +440,8 @@ def centre_continuous(grid, window, step=1):
     row first.
 
     -> [(top, left, rows)]: the first `rows` rows of a window are sampled, given what stands above and to the left.  Its
-    last `step` rows, which one row of coarse codes covers, are left to the windows below; the corner gives only what
-    the next window needs.  The top and the bottom row go from left to right: the corner must come first at the top.
+    last `step` rows, which one row of coarse codes covers, are left to the windows below; the corner gives only
+    the rows that the next window reads.  The top and the bottom row go from left to right: the corner must come first at the top.
     Sec. 3.1's centre-continuous sliding window, in the order of the release (generation/magnify.py) for 3x3 windows.
     """
     h, w = window

@@ -336,7 +336,7 @@ class PatchGAN(nn.Sequential):
         return hinge(real, fake) if self.hinge else logistic(real, fake) / 2
 
     def generator_loss(self, fake):
-        """Logits of generated images -> loss ().  -log p(fake) with --gan_loss logistic (the release: -logit for both)."""
+        """Logits of generated images -> loss (): -logit, with --gan_loss logistic -log p(fake) (release: -logit)."""
         return -fake.float().mean() if self.hinge else F.softplus(-fake.float()).mean()
 
     def balance(self, recon, gan, weight, scale):
