@@ -158,10 +158,29 @@ class Head(Linear):
         self.fp32 = cfg.fp32_logits
 
     def forward(self, x):
-        if not self.fp32:
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+        return output_layer(x, self.weight, self.fp32)
+
+
+def output_layer(x, weight, fp32):
+    """Hidden states (B, S, D), weight (V, D) -> logits (B, S, V), in float32 if fp32."""
+    if not fp32:
+        return F.linear(x, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float())
+
+
+def cross_entropy(logits, target, reduction="sum", **how):
+    """Summed cross-entropy in nats: logits (..., V), target (...), -100 left out -> (), float32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction=reduction, **how)
+
+
+def head_loss(x, weight, target, fp32, **how):
+    """Cross-entropy of an output layer: hidden states (B, S, D), weight (V, D), target (B, S) -> (), see cross_entropy.
+
+    By itself: compiled, it writes the logits once and in the product's precision, the largest tensor of a training step
+    and else four times as many bytes in several copies.
+    """
+    return cross_entropy(output_layer(x, weight, fp32), target, **how)
 
 
 def rotate(x, cos, sin):
@@ -473,6 +492,7 @@ class Prior(nn.Module):
     n_shown = 2  # samples of each caption in a training run's grid
     eval_batch = 0  # samples of a validation batch; 0: as many as a training step has
     window_plan = "every_place"  # how it samples images larger than its grid: a name of sample.WINDOW_PLANS
+    head_loss = staticmethod(head_loss)  # compiled by parallel.py:compile_blocks
 
     @classmethod
     def settle(cls, cfg):
@@ -647,9 +667,9 @@ class GPT(Prior):
             x = block(x, self.attention_masks[self.masks[i]], start, rope, kv, context)
         return self.norm(x)  # (B, S, D)
 
-    def logits(self, batch):
-        """-> text logits (B, T-1, V) of text 1 ... T-1, or None; code logits (B, N, n_codes), each from the position
-        before."""
+    def states(self, batch):
+        """-> hidden states (B, T-1, D) that predict text 1 ... T-1, or None; those that predict codes (B, N, D), each
+        at the position before, or None."""
         self.check_causal()
         prefix, context = self.condition(batch)
         x = self.trunk(self.arrange(prefix, self.embed_codes(batch["codes"])), context=context)  # (B, L, D)
@@ -657,7 +677,12 @@ class GPT(Prior):
         states = x[:, p - 1 : -1]  # (B, N, D)
         if context.seen is not None:
             states = torch.cat([last_seen(x[:, :p], context.seen), states[:, 1:]], 1)
-        return self.text_head(x[:, : t - 1]) if self.predicts_text else None, self.image_head(states)
+        return x[:, : t - 1] if self.predicts_text else None, states
+
+    def logits(self, batch):
+        """-> text logits (B, T-1, V) of text 1 ... T-1, or None; code logits (B, N, n_codes), or None."""
+        text, codes = self.states(batch)
+        return None if text is None else self.text_head(text), None if codes is None else self.image_head(codes)
 
     def check_causal(self):
         """ValueError if the mask shows a code what it should predict."""
@@ -676,10 +701,10 @@ class GPT(Prior):
 
     def loss(self, batch, train=False):
         """Cross-entropy of the codes and, where it is predicted, of the text up to its end token."""
-        text_logits, image_logits = self.logits(batch)
-        loss = {"image": cross_entropy(image_logits, batch["codes"])}
+        (text, codes), fp32 = self.states(batch), self.cfg.fp32_logits
+        loss = {"image": self.head_loss(codes, self.image_head.weight, batch["codes"], fp32)}
         if self.predicts_text:
-            loss["text"] = cross_entropy(text_logits, self.text_targets(batch["text"]))
+            loss["text"] = self.head_loss(text, self.text_head.weight, self.text_targets(batch["text"]), fp32)
         return loss
 
     def n_targets(self, batch):
@@ -777,11 +802,6 @@ def without_text(batch, empty):
     """A batch of conditions followed by the same without its captions: (P, ...) -> (2P, ...)."""
     empty = empty.expand_as(batch["text"])
     return {k: torch.cat([v, empty if k == "text" else v]) for k, v in batch.items()}
-
-
-def cross_entropy(logits, target, **how):
-    """Summed cross-entropy in nats: logits (..., V), target (...), -100 left out -> (), float32."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum", **how)
 
 
 class Cache:

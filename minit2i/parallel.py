@@ -63,15 +63,16 @@ def parallelize(model, procs, cfg, scaler):
 
 
 def compile_blocks(model, dtype, device):
-    """Compile a prior's blocks for training in `dtype`.
+    """Compile a prior's blocks, and its output layers with their losses, for training in `dtype`.
 
     Blocks of a kind share a graph, so it takes as long for 64 layers as for one; and torch.compile cannot trace through
-    the gathering of a block's weights.
+    the gathering of a block's weights.  What is left outside are embeddings, the last norm and the optimizer.
     """
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks, masks, training and evaluation
     prepare(model, model.cfg.n_embd // model.cfg.n_head, dtype, device)
     for block in blocks(model):
         block.forward = torch.compile(block.forward)
+    model.head_loss = torch.compile(model.head_loss, dynamic=False)  # text and codes: a graph each
 
 
 def sync_gradients(forward, on):

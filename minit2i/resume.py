@@ -74,6 +74,7 @@ def load_state(folder, learners, ema):
         for key, w in learner.module.named_parameters():
             if state := with_prefix(moments, f"{key}."):
                 state = {k: v.to(w.device) if k != "step" or w.is_cuda else v for k, v in state.items()}
+                state = {k: torch.empty_like(w).copy_(v) if v.dim() == 4 else v for k, v in state.items()}  # its format
                 learner.optimizer.state[w] = state
         if meta["scalers"][name]:
             learner.scaler.load_state_dict(meta["scalers"][name])

@@ -25,7 +25,6 @@ from minit2i.tokens import Text
 from minit2i.vq import shrink
 
 SHIPPED = Path(__file__).parent / "pretrained"  # a folder for each model that ships
-PRETRAINED = SHIPPED / "scenes"
 
 SCHEDULES = {  # guidance when the fraction u in (0, 1] of an image is sampled; 1 is neutral
     "constant": lambda scale, u: scale,

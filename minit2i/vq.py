@@ -150,13 +150,15 @@ def exact_products(device):
 
 
 @torch.no_grad()
-def nearest_code(z, codebook, block=2**22):
+def nearest_code(z, codebook, block=0):
     """Index of the nearest codebook entry.
 
-    z (N, C), codebook (V, C) -> codes (N,) in [0, V).  Computed in float32, `block` distances at a time; |z|^2 is the
-    same for every code and left out.  VQ-VAE, arXiv:1711.00937 eq. 1.  Both are taken relative to the codes' mean: far
-    from zero the terms would cancel (at an offset of 300 a tenth of the codes was wrong).
+    z (N, C), codebook (V, C) -> codes (N,) in [0, V).  Computed in float32, `block` distances at a time (0: 2^22, on a
+    GPU 2^26, 256 MiB, as small products leave it idle); |z|^2 is the same for every code and left out.  VQ-VAE,
+    arXiv:1711.00937 eq. 1.  Both are taken relative to the codes' mean: far from zero the terms would cancel (at an
+    offset of 300 a tenth of the codes was wrong).
     """
+    block = block or (2**26 if z.is_cuda else 2**22)
     with torch.autocast(z.device.type, enabled=False), exact_products(z.device):
         mean = codebook.float().mean(0)
         z, codebook = z.float() - mean, codebook.float() - mean
@@ -189,6 +191,25 @@ def sum_latents(z, codes, n_codes):
     return all_reduce_sum(z.new_zeros(n_codes, z.shape[1]).index_add_(0, codes, z))
 
 
+def draw(weight, n, seed):
+    """n indices of weight (N,) >= 0, each drawn with a probability proportional to it: -> (n,), random if all are 0.
+
+    A GPU looks uniform numbers up in the cumulative sum, as the CPU's multinomial does with the same ones; the
+    process need not wait for it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if not weight.is_cuda:
+        weight = weight.cpu()
+        return (weight if weight.any() else weight + 1).multinomial(n, replacement=True, generator=generator)
+    return look_up(weight, torch.rand(n, dtype=torch.float64, generator=generator).to(weight.device, non_blocking=True))
+
+
+def look_up(weight, uniform):
+    """weight (N,), uniform (n,) in [0, 1), float64 -> (n,): where the cumulative sum reaches that share of the whole."""
+    total = weight.double().cumsum(0)
+    return torch.searchsorted(total, uniform * total[-1]).clamp_max(len(weight) - 1)
+
+
 def sample_latents(z, codes, valid, codebook, n, seed):
     """Sample n valid latents of all ranks with p proportional to the squared distance to their code (k-means++).
 
@@ -199,13 +220,12 @@ def sample_latents(z, codes, valid, codebook, n, seed):
     rank, world = rank_and_world()
     weight = z.new_zeros(world, len(z))
     weight[rank] = (z - F.embedding(codes, codebook)).square().sum(1) * valid + 1e-12 * valid
-    weight = all_reduce_sum(weight).flatten().cpu().nan_to_num(0, 0, 0)  # (world * N,); of a codebook that has diverged
-    if not weight.any():
-        return codebook[:n].clone()
-    index = weight.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(seed)).to(z.device)
+    weight = all_reduce_sum(weight).flatten().nan_to_num(0, 0, 0)  # (world * N,); of a codebook that has diverged
+    index = draw(weight, n, seed).to(z.device)
     first = rank * len(z)  # this rank holds rows first ... first + N - 1; the others' rows come with the sum
     mine = (index >= first) & (index < first + len(z))
-    return all_reduce_sum(z[(index - first).clamp(0, len(z) - 1)] * mine[:, None])
+    drawn = all_reduce_sum(z[(index - first).clamp(0, len(z) - 1)] * mine[:, None])
+    return torch.where(weight.any(), drawn, codebook[:n])
 
 
 @torch.no_grad()

@@ -6,16 +6,20 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import VQ_FLAGS
 from priors import CASES, batch, build
+from processes import call
 from safetensors.torch import load_file
 from test_gpt import generate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train_vq
 from minit2i import collectives, parallel, train
 from minit2i.checkpoint import save_tensors
 from minit2i.data import spare_cores
 from minit2i.gpt import MODELS
+from minit2i.plot import read_log
 from minit2i.train import Processes
 from minit2i.vq import build_vq, exact_products, nearest_code
 
@@ -89,6 +93,42 @@ def test_a_gpu_trains_with_tf32_but_chooses_codes_exactly(monkeypatch):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("backbone", ["vqvae", "dvae", "vqgan", "movq", "vit"])
+def test_tokenizers_work_with_channels_last(backbone):
+    vq, images = build_vq(SMALL_VQ | {"backbone": backbone, "ch": 16}), torch.rand(2, 3, 16, 16) * 2 - 1
+    expected = vq(images)
+    expected[0].float().square().mean().backward()
+    gradients = [w.grad.clone() for w in vq.parameters() if w.grad is not None]
+    vq.zero_grad(set_to_none=True)
+    vq.to(memory_format=torch.channels_last)
+    found = vq(images.to(memory_format=torch.channels_last))
+    found[0].float().square().mean().backward()
+    assert found[2].equal(expected[2]) and torch.allclose(found[0], expected[0], atol=1e-5)
+    for a, b in zip([w.grad for w in vq.parameters() if w.grad is not None], gradients):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_a_gpu_trains_tokenizers_with_channels_last(images, tmp_path, monkeypatch):
+    """Here a CPU does, with a discriminator, and resumes: moments lie in memory as their weights do."""
+    assert train.image_format(GPU) == torch.channels_last
+    assert train.image_format(torch.device("cpu")) == torch.contiguous_format
+    flags = f"{VQ_FLAGS} --data {images} --discriminator patch --gan_layers 1 --gan_ch 8 --gan_start 1 --eval_every 2"
+    call(train_vq, f"{flags} --steps 4 --out {tmp_path / 'plain'}")
+    monkeypatch.setattr(train_vq, "image_format", lambda device: torch.channels_last)
+    states, step = [], train_vq.optimizer_step
+
+    def look(module, optimizer, *more):
+        states.extend((w, s) for w, s in optimizer.state.items() if w.dim() == 4)
+        return step(module, optimizer, *more)
+
+    call(train_vq, f"{flags} --steps 4 --out {tmp_path / 'x'}")
+    monkeypatch.setattr(train_vq, "optimizer_step", look)
+    call(train_vq, f"{flags} --steps 6 --out {tmp_path / 'x'} --resume")
+    assert states and all(s["exp_avg"].stride() == w.stride() == s["exp_avg_sq"].stride() for w, s in states)
+    one, two = ([r["loss"] for r in read_log(tmp_path / name / "log.jsonl") if "loss" in r] for name in ("plain", "x"))
+    assert len(two) == 6 and torch.allclose(torch.tensor(one), torch.tensor(two[:4]), rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from priors import batch, build
 from processes import fork
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -16,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minit2i.collectives import gather_objects
 from minit2i.fp16 import make_scaler
-from minit2i.gpt import GPT, build_prior
-from minit2i.parallel import PowerSGD, parallelize, sync_gradients, unshard, unsharded
+from minit2i.gpt import GPT, MODELS, build_prior, head_loss
+from minit2i.parallel import PowerSGD, compile_blocks, parallelize, sync_gradients, unshard, unsharded
 from minit2i.resume import Learner, load_state, save_run
 from minit2i.train import EMA, Processes, make_optimizer, optimizer_step
 from train_prior import PriorTrainConfig
@@ -177,6 +178,59 @@ def test_replicas_and_shards_match_one_process():
     assert kept == {(DTensor, torch.float32, (96, 32))}  # half of the 192 rows
     assert many["copy"] == (GPT, True)
     assert many["reductions"] == CFG["n_layer"] + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"model": m} for m in MODELS if m != "llama"] + [{"condition": "encoder"}], ids=str)
+def test_compiled_training_is_the_same_without_a_break_and_compiles_once(how, monkeypatch):
+    """Blocks, and the output layers with their losses; a graph that breaks is an error here."""
+    model, fully, graphs = build(**how, fp32_logits=True), torch.compile, []
+    inputs = model.corrupt(batch(model), range(3))
+    backend = lambda graph, inputs: graphs.append(graph) or graph  # noqa: E731
+    monkeypatch.setattr("torch.compile", lambda f, **how: fully(f, backend=backend, fullgraph=True, **how))
+    losses, gradients, n_graphs = [], [], []
+    for step in range(4):
+        if step == 1:
+            torch._dynamo.reset()
+            compile_blocks(model, torch.float32, torch.device("cpu"))
+        loss = sum(model(inputs, train=True).values())
+        losses.append(loss.detach()), n_graphs.append(len(graphs))
+        gradients.append(torch.autograd.grad(loss, [*model.parameters()], allow_unused=True))
+    assert any("cross_entropy" in graph.code for graph in graphs)
+    assert n_graphs[0] == 0 < n_graphs[1] and n_graphs[2] == n_graphs[3]
+    for loss, found in zip(losses[1:], gradients[1:]):
+        assert loss.equal(losses[0])
+        assert all(a is b is None or torch.allclose(a, b, atol=1e-6) for a, b in zip(found, gradients[0]))
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_keeps_its_logits_once_and_in_half_precision():
+    """The partition is Inductor's."""
+    x, weight, found = torch.randn(2, 64, 32, requires_grad=True), torch.nn.Parameter(torch.randn(512, 32)), []
+    torch._dynamo.reset()
+    for f in (head_loss, torch.compile(head_loss, dynamic=False, backend="aot_eager_decomp_partition")):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
+            with torch.autocast("cpu", torch.bfloat16):
+                f(x, weight, torch.zeros(2, 64, dtype=torch.long), False)
+        found.append([t.dtype for t in kept if t.numel() == 2 * 64 * 512])
+    assert found == [[torch.float32] * 2, [torch.bfloat16]]
+
+
+def compiled():
+    """Run by each process of test_replicas_and_shards_are_compiled."""
+    fully, torch.compile = torch.compile, lambda f, **how: fully(f, backend="aot_eager", **how)
+    out = {name: run(3, replace(cfg, compile=True)) for name, cfg in (("ddp", TRAIN), ("fsdp", FSDP))}
+    torch.compile = fully
+    return out
+
+
+@pytest.mark.slow
+def test_replicas_and_shards_are_compiled():
+    losses, weights = run(3)
+    for name, (found, averaged) in fork(2, compiled).items():
+        assert torch.allclose(found, losses, rtol=1e-4), name
+        assert all((weights[k] - w).abs().mean() < 1e-4 for k, w in averaged.items()), name
 
 
 # --- shards within a node, replicas between nodes ---

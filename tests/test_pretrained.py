@@ -11,12 +11,12 @@ from minit2i import sample_cli
 from minit2i.experiments.evaluate import scene_prompts
 from minit2i.experiments.oracle import check_scene
 from minit2i.plot import to_pil
-from minit2i.sample import PRETRAINED, Pipeline
+from minit2i.sample import SHIPPED, Pipeline
 from minit2i.scenes import CATEGORIES
 
 
 def test_the_files_are_small_and_hold_no_paths():
-    files = [f for f in PRETRAINED.rglob("*") if f.is_file()]
+    files = [f for f in SHIPPED.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 20e6
     assert not any(re.search(rb'"/|\.\./', f.read_bytes()) for f in files if f.suffix == ".json")
 

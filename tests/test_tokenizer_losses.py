@@ -97,6 +97,10 @@ def test_perceptual_distance(vgg):
     assert torch.allclose(vgg(a[:1], b[:1]), d[:1], rtol=1e-4)
     (grad,) = torch.autograd.grad(vgg(a.requires_grad_(), b).mean(), a)
     assert grad.abs().sum() > 0 and not any(w.requires_grad for w in vgg.parameters())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        vgg(a, b)
+    assert {len(t) for t in kept if t.shape[2:] == (32, 32)} == {3}  # nothing of the true images
     x = ((a[:1] + 1) / 2 - vgg.mean) / vgg.std  # the features are those before each pooling
     full, seen = make_layers(cfgs["D"]), []
     full.load_state_dict(vgg.features.state_dict(), strict=False)

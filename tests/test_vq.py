@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import fork
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minit2i.collectives import gather_objects
 from minit2i.papers.dalle import logit_laplace
@@ -11,7 +14,8 @@ from minit2i.papers.lm import SpatialNorm
 from minit2i.papers.parti import WDSR, ViTBlock
 from minit2i.papers.taming import Norm, SelfAttention
 from minit2i.train import Processes
-from minit2i.vq import BACKBONES, OUTPUTS, QUANTIZERS, UPSAMPLERS, Codebook, build_vq, is_local, nearest_code, reach
+from minit2i.vq import BACKBONES, OUTPUTS, QUANTIZERS, UPSAMPLERS, Codebook
+from minit2i.vq import build_vq, draw, is_local, look_up, nearest_code, reach
 
 SMALL = dict(stride=4, ch=8, n_res=1, n_codes=16, code_dim=4)
 CODEBOOKS = [name for name, kind in QUANTIZERS.items() if issubclass(kind, Codebook)]
@@ -252,6 +256,46 @@ def test_kmeans_initialisation_uses_every_code():
         return float((z - q.codebook[nearest_code(z, q.codebook)]).square().sum(1).mean())
 
     assert error(quantizer) < 0.5 * z.var(0).sum() < error(random)
+
+
+def test_a_gpu_draws_what_the_cpu_draws():
+    weight, found = torch.rand(300, dtype=torch.float64).square() * (torch.rand(300) < 0.7), []
+    for seed in range(3):
+        uniform = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        found.append((look_up(weight, uniform), draw(weight, 500, seed)))
+    assert all(a.equal(b) for a, b in found) and not found[0][0].equal(found[1][0])
+    assert look_up(torch.tensor([0.0, 0.0, 2.0, 0.0, 2.0]), torch.tensor([0.3, 0.6]).double()).tolist() == [2, 4]
+
+
+class OnlyOnGPU(TorchDispatchMode):
+    """Context in which no tensor may be copied from a (fake) GPU to the CPU; counts products."""
+
+    products = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out, inputs = f(*args, **kwargs or {}), [x for x in tree_leaves(args) if torch.is_tensor(x)]
+        if any(x.is_cuda for x in inputs) and torch.is_tensor(out) and out.is_cpu:
+            raise TypeError(f"{f} waits for the GPU")
+        self.products += "addmm" in str(f)
+        return out
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.9"), reason="its fake tensors on a GPU need a driver")
+@pytest.mark.parametrize("name", ["ema", "st", "fixed", "fsq"])
+def test_codebooks_do_not_wait_for_a_gpu(name):
+    """A number that is read raises an error for fake tensors.  4,096 x 4,096 distances are one product there."""
+    vq = small(quantizer=name, n_codes=4096)
+    quantizer = vq.quantizer
+    with FakeTensorMode(), torch.device("cuda"):
+        quantizer._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+        z = torch.empty(4096, quantizer.widths(vq.cfg)[0])
+        with OnlyOnGPU() as work:
+            quantizer.start(z)
+            codes = quantizer(z, train=True)[1]
+            quantizer.update(z, codes, 0)
+        assert codes.is_cuda and work.products == (0 if name == "fsq" else 10 + 1)
+    with FakeTensorMode(), torch.device("cuda"), OnlyOnGPU(), pytest.raises(TypeError, match="waits for the GPU"):
+        torch.ones(3).cpu()
 
 
 def update_codebooks(names, z):

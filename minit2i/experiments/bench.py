@@ -71,17 +71,20 @@ def random_batch(cfg, batch, device):
 
 
 def prior_step(model, batch, device, precision, compiled):
-    """A training step of a prior, as in train_prior.py, on random tokens."""
+    """A training step of a prior, as in train_prior.py (in float16 with a loss scale), on random tokens."""
     optimizer, batch = torch.optim.AdamW(model.parameters(), fused=True), random_batch(model.cfg, batch, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if compiled:
         compile_blocks(model, DTYPES[precision], device)
 
     def step():
         with autocast(device, precision):
             sums = model(batch)
-        (sums["text"] / batch["text"].numel() + sums["image"] / batch["codes"].numel()).backward()
+        scaler.scale(sums["text"] / batch["text"].numel() + sums["image"] / batch["codes"].numel()).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     return step

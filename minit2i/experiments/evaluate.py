@@ -36,7 +36,7 @@ from minit2i.gpt import MODELS
 from minit2i.metrics import psnr, sharpness
 from minit2i.papers.cogview import Captioner
 from minit2i.plot import grid_image, save_image, to_pil
-from minit2i.sample import PRETRAINED, Pipeline, SampleConfig, score_codes
+from minit2i.sample import Pipeline, SampleConfig, score_codes
 from minit2i.scenes import CATEGORIES, caption, read_caption, render, scene_at
 from minit2i.sources import BadEntry
 from minit2i.train import pick_device, run
@@ -427,7 +427,7 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, text) in (PRIOR_COMMANDS | IMAGE_COMMANDS).items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
-        model = {"model": (str(PRETRAINED), "folder of a prior")} if name in PRIOR_COMMANDS else {}
+        model = {"model": ("scenes", "folder of a prior, or a model that ships")} if name in PRIOR_COMMANDS else {}
         for flag, (default, about) in (model | FLAGS[name] | COMMON).items():
             kind = str if not isinstance(default, int) else count if default and flag != "workers" else int
             about = about if default is REQUIRED else f"{about} [{default}]"

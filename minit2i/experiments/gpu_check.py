@@ -34,7 +34,7 @@ from minit2i.gpt import build_prior
 from minit2i.parallel import compile_blocks
 from minit2i.sample import SampleConfig, Sampler
 from minit2i.train import DTYPES, Processes, TrainConfig, autocast
-from minit2i.train import make_optimizer, n_params, optimizer_step, pick_device
+from minit2i.train import make_optimizer, n_params, optimizer_step, pick_device, set_up
 from minit2i.vq import build_vq
 
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-3}
@@ -233,11 +233,13 @@ def loss_and_gradients(m, model, batch, precision):
 # --- sampling --------------------------------------------------------------------------------------------
 
 
-def sampled(model, n, cfg_scale=2.5):
-    """Codes (n, N) of n images of one prompt."""
+def sampled(model, n, cfg_scale=2.5, share=1.0):
+    """Codes (n, N) of n images of one prompt; only the last `share` of them is sampled, the rest is given."""
     text = torch.zeros(1, model.cfg.text_len, dtype=torch.long, device=model.embedding.weight.device)
     sampler = Sampler(SampleConfig(n=n, cfg_scale=cfg_scale), range(n), text.device)
-    return model.generate({"text": text}, text[0], sampler)
+    known = torch.full((n, model.cfg.n_image), -1, device=text.device)
+    known[:, : round((1 - share) * model.cfg.n_image)] = 0
+    return model.generate({"text": text}, text[0], sampler, known)
 
 
 def graph_skips():
@@ -262,48 +264,65 @@ def sampling_same(m):
         yield f"sampling {mask}, the same codes", eager.equal(compiled) and eager.equal(again), figures
 
 
-@check(110)
+@check(75)
 def sampling_speed(m):
     """Codes/s of a 124 M prior in bf16 without guidance, and its share of the memory bandwidth."""
     settings = m.prior(32, 32, n_layer=12, n_head=12, n_embd=768) | {"n_codes": 512 if m.tiny else 8192}
-    for how in ("eager", "compiled"):
+    for how, batch, share in (("compiled", 1, 1.0), ("eager, last quarter", 1, 0.25), ("compiled", 16, 1.0)):
         m.free()
         torch.manual_seed(0)
-        model = build_prior(settings).to(m.device, torch.bfloat16).eval().requires_grad_(False)
+        with m.device:
+            model = build_prior(settings).to(m.device, torch.bfloat16).eval().requires_grad_(False)
         read = 2 * (n_params(model.blocks) + model.image_head.weight.numel())  # bytes per code
         torch._dynamo.utils.counters.clear()
         if how == "compiled":
             model.compile_step()
-        times = {b: m.seconds(functools.partial(sampled, model, b, 1.0), times=2) for b in (1, 2 if m.tiny else 16)}
-        rates = ", ".join(f"batch {b}: {b * model.cfg.n_image / s:,.0f} codes/s" for b, s in times.items())
-        share, skips = read * model.cfg.n_image / times[1] / (m.bandwidth or 1e12), graph_skips()
-        figures = f"{rates}; {share:.1%} of the bandwidth at batch 1, CUDA graphs skipped {skips}"
-        yield f"sampling 124 M, {how}", how == "eager" or not m.cuda or not skips, figures
+        n, s = share * model.cfg.n_image, m.seconds(functools.partial(sampled, model, batch, 1.0, share), 2, warm=1)
+        figures = f"{batch * n / s:,.0f} codes/s; weights read at {read * n / s / (m.bandwidth or 1e12):.1%} of the "
+        figures += f"bandwidth, CUDA graphs skipped {graph_skips()}"
+        yield f"sampling 124 M, {how}, batch {batch}", how != "compiled" or not (m.cuda and graph_skips()), figures
 
 
 # --- training steps --------------------------------------------------------------------------------------
 
 
-@check(170)
+@check(130)
 def mfu(m):
-    """Model FLOPs utilisation of whole training steps, and memory."""
+    """Model FLOPs utilisation of whole training steps of 1,088 positions, and memory; float16 with CogView's tricks."""
     small, large = dict(n_layer=12, n_head=12, n_embd=768), dict(n_layer=24, n_head=16, n_embd=2048)
-    for shape, batch, compiled in ((small, 16, False), (small, 16, True), (large, 4, False), (large, 4, True)):
+    for name, shape, batch, kind, compiled in (
+        ("124 M", small, 32, "bf16", True),
+        ("1.3 B", large, 12, "bf16", True),
+        ("124 M", small, 32, "fp16", True),
+        ("1.3 B", large, 12, "fp16", True),
+        ("124 M", small, 32, "bf16", False),
+    ):
         m.free()
-        start = time.monotonic()
+        set_up(m.device)
+        label = f"mfu {name}, {kind}{', tricks' * (kind == 'fp16')}, {'compiled' if compiled else 'eager'}"
+        try:
+            yield label, True, utilisation(m, shape | (TRICKS if kind == "fp16" else {}), batch, kind, compiled)
+        except Exception as e:  # the memory of a smaller card
+            yield label, False, first_line(e)
+
+
+def utilisation(m, shape, batch, kind, compiled):
+    """Figures of a prior's training steps."""
+    start, batch = time.monotonic(), 2 if m.tiny else batch
+    with m.device:  # a CPU would take half a minute to initialise the large one
         model = build_prior(m.prior(32, 64, **shape) | {"n_codes": 512 if m.tiny else 8192}).to(m.device)
-        step = prior_step(model, batch, m.device, "bf16", compiled)
-        step(), step()
-        ready = time.monotonic() - start
-        s, flops = m.seconds(step, times=8, warm=1), batch * training_flops(model.cfg)
-        rate, share = batch * model.layout.length / s, flops / s / (m.product or m.peak())
-        figures = f"batch {batch}: {1e3 * s:.1f} ms, {rate:,.0f} tokens/s, MFU {flops / s / m.peak():.1%} "
-        figures += f"({share:.1%} of the product), {m.memory()}"
-        label = f"mfu {n_params(model) / 1e6:,.0f} M, bf16, {'compiled' if compiled else 'eager'}"
-        yield label, True, f"{figures}, first steps {ready:.0f} s"
+    step = prior_step(model, batch, m.device, kind, compiled)
+    step(), step()
+    ready = time.monotonic() - start
+    s, flops = m.seconds(step, times=6, warm=1), batch * training_flops(model.cfg)
+    rate, share = batch * model.layout.length / s, flops / s / (m.product or m.peak())
+    return (
+        f"{n_params(model) / 1e6:,.0f} M, batch {batch}: {1e3 * s:.1f} ms, {rate:,.0f} tokens/s, "
+        f"MFU {flops / s / m.peak():.1%} ({share:.1%} of the product), {m.memory()}, first steps {ready:.0f} s"
+    )
 
 
-@check(90)
+@check(40)
 def tokenizers(m):
     """Images/s of training steps at 128 pixels, stride 8, also channels_last."""
     size, batch = (32, 2) if m.tiny else (128, 32)
@@ -314,8 +333,9 @@ def tokenizers(m):
             taken = []
             for form in (torch.contiguous_format, torch.channels_last):
                 m.free()
+                set_up(m.device)
                 vq = build_vq(small | dict(backbone=name, quantizer=quantizer)).to(m.device).to(memory_format=form)
-                taken.append(m.seconds(vq_step(vq, images.to(memory_format=form), m.device, "bf16")))
+                taken.append(m.seconds(vq_step(vq, images.to(memory_format=form), m.device, "bf16"), times=3))
             figures = "{:,.0f} images/s, channels_last {:,.0f}".format(*(batch / s for s in taken))
             yield f"tokenizer {name}, {quantizer}", True, f"{figures}; {m.memory()}"
         except Exception as e:

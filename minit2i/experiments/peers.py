@@ -1,24 +1,29 @@
-"""Tokenizers and sampling beside libraries that do the same work.
+"""Tokenizers, training and sampling beside libraries that do the same work.
 
     pip install vector-quantize-pytorch && pip install --no-deps dalle-pytorch axial_positional_embedding
     OMP_NUM_THREADS=1 python -m minit2i.experiments.peers tokenizer --rounds 5
     pip install transformers accelerate ema-pytorch beartype
     pip install --no-deps muse-maskgit-pytorch memory-efficient-attention-pytorch rotary-embedding-torch
     OMP_NUM_THREADS=1 python -m minit2i.experiments.peers sampling --batch 16 --grid 32 --rounds 1 --only static
+    mkdir repos && cd repos && git clone https://github.com/karpathy/nanoGPT && cd ..  # so, too: FoundationVision/LlamaGen
+    git clone https://github.com/meta-pytorch/gpt-fast repos/gpt-fast
+    OMP_NUM_THREADS=1 python -m minit2i.experiments.peers training --batch 4 --repos repos --compile
 
-Ours and theirs take turns; medians, and the range of the ratio (above 1: ours is faster).  Times are CPU seconds of the
+Without --repos the three repositories, which are no packages, are left out.  Ours and theirs take turns; medians, and the range of the ratio (above 1: ours is faster).  Times are CPU seconds of the
 process, which other programs disturb less than the clock's: use one thread.  Peak memory is that of a separate process,
 beyond what it held before.  dalle-pytorch's text tokenizers need not be installed.
 """
 
 import copy
 import importlib
+import importlib.util
 import re
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from unittest.mock import MagicMock
@@ -27,15 +32,18 @@ import torch
 import torch.nn.functional as F
 
 from minit2i.config import Settings, at_least, merge, pick
-from minit2i.experiments.bench import PRIOR, weights_alone
+from minit2i.experiments.bench import PRIOR, prior_step, random_batch, weights_alone
+from minit2i.experiments.plan import training_flops
 from minit2i.flags import add_flags, new_parser
-from minit2i.gpt import MODELS, build_prior
+from minit2i.gpt import MODELS, build_prior, swiglu_inner
 from minit2i.sample import SampleConfig, Sampler
-from minit2i.train import keep_memory, n_params, run
+from minit2i.train import DTYPES, autocast, keep_memory, n_params, run
 from minit2i.vq import build_vq
 
 UNUSED = "youtokentome tokenizers transformers taming taming.models taming.models.vqgan pkg_resources omegaconf "
 UNUSED += "yaml requests"
+REPOS = {"nanoGPT": "model.py", "gpt-fast": "model.py", "LlamaGen": "autoregressive/models/gpt.py"}
+BOUNDS = ("matrix product", "weights alone")  # ours cannot be faster than these
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,13 @@ class PeersConfig(Settings):
 
     rounds: Annotated[int, "timed rounds", at_least(1)] = 5
     memory: Annotated[str, "only the peak memory of 8,192 codes, of one side", ("", "ours", "theirs")] = ""
-    batch: Annotated[int, "sampling: images at once", at_least(1)] = 1
-    grid: Annotated[int, "sampling: rows and columns of codes", at_least(1)] = 16
-    only: Annotated[str, "sampling: only peers with this in their names"] = ""
+    batch: Annotated[int, "training, sampling: images at once", at_least(1)] = 1
+    grid: Annotated[int, "training, sampling: rows and columns of codes", at_least(1)] = 16
+    text_len: Annotated[int, "training: text positions", at_least(3)] = 32
+    precision: Annotated[str, "of training", ("fp32", "bf16")] = "fp32"
+    compile: Annotated[bool, "training: all compiled"] = False
+    repos: Annotated[str, "folder with clones of nanoGPT, gpt-fast and LlamaGen (empty: without them)"] = ""
+    only: Annotated[str, "training, sampling: only peers whose names contain this (a regular expression)"] = ""
 
 
 def peer(name):
@@ -55,6 +67,24 @@ def peer(name):
         return importlib.import_module(name)
     except ImportError as e:
         raise ValueError(f"{name} is not installed ({e}); see the head of {Path(__file__).name}") from None
+
+
+def checkout(repos, name):
+    """The model's module of a repository that the user cloned into the folder `repos`."""
+    root = Path(repos) / name
+    file = root / REPOS[name]
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: clone {name} into {repos}; see the head of {Path(__file__).name}")
+    sys.path.append(str(root))  # LlamaGen imports from there
+    spec = importlib.util.spec_from_file_location(name.replace("-", "_"), file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def chosen(works, only):
+    """Ours, what bounds it, and the works whose names contain `only`, a regular expression."""
+    return {k: f for k, f in works.items() if k == "ours" or k in BOUNDS or re.search(only, k)}
 
 
 def report(work, name, n, works, rounds, own=1, unit="images", warm=1):
@@ -171,28 +201,112 @@ def tokenizers(cfg):
     dvaes(cfg.rounds)
 
 
-# --- sampling ------------------------------------------------------------------------------------------
+# --- priors of one size ----------------------------------------------------------------------------------
 
+# The blocks of all have as many weights as ours.  GPT-2's, nanoGPT's and gpt-fast's whole vocabulary are the codes, so
+# that their logits cost as much as ours.
 
 SHAPE = dict(dim=PRIOR.n_embd, depth=PRIOR.n_layer, heads=PRIOR.n_head, dim_head=PRIOR.n_embd // PRIOR.n_head)
+NAMES = dict(n_layer=PRIOR.n_layer, n_head=PRIOR.n_head, vocab_size=PRIOR.n_codes)
 
 
 def sized(name, model):
-    """Print the number of parameters -> the model, frozen."""
+    """Print the number of parameters -> the model."""
     print(f"{name}: {n_params(model) / 1e6:.2f} M parameters")
-    return model.eval().requires_grad_(False)
+    return model
 
 
-def gpt2(batch, n):
-    """transformers' GPT-2 of our prior's size, with the codes as its whole vocabulary -> {name: f()}.
+def frozen(name, model):
+    """The model as sampling needs it."""
+    return sized(name, model).eval().requires_grad_(False)
 
-    Guidance is the doubled batch without its arithmetic: a code is sampled for both halves.
-    """
+
+def gpt2(length):
+    """transformers' GPT-2."""
     hf = peer("transformers")
-    shape = dict(n_embd=PRIOR.n_embd, n_layer=PRIOR.n_layer, n_head=PRIOR.n_head, n_positions=PRIOR.text_len + n)
-    shape |= dict(vocab_size=PRIOR.n_codes, bos_token_id=None, eos_token_id=None)
-    model = sized("GPT-2", hf.GPT2LMHeadModel(hf.GPT2Config(**shape)))
-    text, compiled = torch.randint(PRIOR.n_codes, (2 * batch, PRIOR.text_len)), hf.CompileConfig(mode="default")
+    how = dict(n_positions=length, bos_token_id=None, eos_token_id=None, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=PRIOR.n_embd, **NAMES, **how))
+
+
+def nanogpt(repos, length):
+    module = checkout(repos, "nanoGPT")
+    return module.GPT(module.GPTConfig(block_size=length, n_embd=PRIOR.n_embd, bias=False, **NAMES))
+
+
+def llamagen(repos, text_len, n):
+    """LlamaGen's text-to-image Transformer without dropout, on text states of our width."""
+    module = checkout(repos, "LlamaGen")
+    off = dict(token_dropout_p=0, resid_dropout_p=0, ffn_dropout_p=0, class_dropout_prob=0)
+    how = dict(model_type="t2i", caption_dim=PRIOR.n_embd, cls_token_num=text_len, block_size=n)
+    inner = swiglu_inner(PRIOR) / (8 * PRIOR.n_embd // 3)  # of its usual width
+    how |= dict(ffn_dim_multiplier=inner, multiple_of=32)
+    return module.Transformer(module.ModelArgs(dim=PRIOR.n_embd, **NAMES, **how, **off))
+
+
+def dalle(text_len, grid):
+    """dalle-pytorch's DALLE, with GEGLU three times as wide: 8 % more weights than ours, four times as wide 33 %."""
+    module = dalle_pytorch()
+    vae = module.DiscreteVAE(4 * grid, PRIOR.n_codes, 16, num_layers=2, hidden_dim=8)
+    vae.decode = lambda codes: codes
+    whole, module.Transformer = module.Transformer, partial(module.Transformer, ff_mult=3)
+    net = module.DALLE(vae=vae, num_text_tokens=PRIOR.n_vocab, text_seq_len=text_len, **SHAPE)
+    module.Transformer = whole
+    return net
+
+
+# --- training --------------------------------------------------------------------------------------------
+
+
+def training_step(net, loss, cfg):
+    """f(): a step with loss(net), as bench.py's of ours."""
+    optimizer, net = torch.optim.AdamW(net.parameters(), fused=True), torch.compile(net) if cfg.compile else net
+
+    def step():
+        with autocast(torch.device("cpu"), cfg.precision):
+            total = loss(net)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def training(cfg, side=1024):
+    """Training steps on random tokens: ours and theirs, and matrix products alone with as many operations."""
+    prior = replace(PRIOR, text_len=cfg.text_len, grid_h=cfg.grid, grid_w=cfg.grid)
+    device, n = torch.device("cpu"), prior.n_image
+    batch = random_batch(prior, cfg.batch, device)
+    text, codes = batch["text"], batch["codes"]
+    tokens = torch.cat([text % prior.n_codes, codes], 1)  # (B, L)
+    targets = tokens[:, 1:].contiguous()  # nanoGPT needs it so
+    states = torch.randn(cfg.batch, cfg.text_len, prior.n_embd)
+    ours = sized("ours", build_prior(asdict(prior)))
+    works = {"ours": prior_step(ours, cfg.batch, device, cfg.precision, cfg.compile)}
+    a = torch.randn(side, side, dtype=DTYPES[cfg.precision])
+    times = round(cfg.batch * training_flops(prior) / (2 * side**3))
+    works["matrix product"] = lambda: [a @ a for _ in range(times)]
+    nets = {"GPT-2": gpt2(tokens.shape[1]), "dalle-pytorch": dalle(cfg.text_len, cfg.grid)}
+    if cfg.repos:
+        nets |= {"nanoGPT": nanogpt(cfg.repos, tokens.shape[1]), "LlamaGen": llamagen(cfg.repos, cfg.text_len, n)}
+    losses = {
+        "GPT-2": lambda net: net(tokens, labels=tokens, use_cache=False).loss,
+        "dalle-pytorch": lambda net: net(text, codes, return_loss=True),
+        "nanoGPT": lambda net: net(tokens[:, :-1], targets)[1],
+        "LlamaGen": lambda net: net(codes[:, :-1], states, targets=codes)[1],
+    }
+    works |= {name: training_step(sized(name, net), losses[name], cfg) for name, net in nets.items()}
+    name = f"{cfg.text_len}+{n} positions, batch {cfg.batch}, {cfg.precision}" + ", compiled" * cfg.compile
+    report("training step", name, cfg.batch, chosen(works, cfg.only), cfg.rounds, warm=1 + cfg.compile)
+
+
+# --- sampling --------------------------------------------------------------------------------------------
+
+
+def generate_gpt2(batch, n):
+    """{name: f()}.  Guidance is the doubled batch without its arithmetic: a code is sampled for both halves."""
+    model, compiled = frozen("GPT-2", gpt2(PRIOR.text_len + n)), peer("transformers").CompileConfig(mode="default")
+    text = torch.randint(PRIOR.n_codes, (2 * batch, PRIOR.text_len))
     compiled._compile_all_devices = True  # otherwise it does not compile on a CPU
     how = dict(attention_mask=torch.ones_like(text), max_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
     static = how | dict(cache_implementation="static")
@@ -203,14 +317,53 @@ def gpt2(batch, n):
     }
 
 
-def dalle(batch, grid):
-    """dalle-pytorch's DALLE with its cache, guided by two passes per code; codes are not decoded -> f()."""
-    module = dalle_pytorch()
-    vae = module.DiscreteVAE(4 * grid, PRIOR.n_codes, 16, num_layers=2, hidden_dim=8)
-    net = module.DALLE(vae=vae, num_text_tokens=PRIOR.n_vocab, text_seq_len=PRIOR.text_len, **SHAPE)
-    net, text = sized("dalle-pytorch", net), torch.randint(1, PRIOR.n_vocab, (batch, PRIOR.text_len))
-    vae.decode = lambda codes: codes
+def generate_dalle(batch, grid):
+    """dalle-pytorch with its cache, guided by two passes per code; codes are not decoded -> f()."""
+    net = frozen("dalle-pytorch", dalle(PRIOR.text_len, grid))
+    text = torch.randint(1, PRIOR.n_vocab, (batch, PRIOR.text_len))
     return lambda: net.generate_images(text, cond_scale=2.0, use_cache=True)
+
+
+def one_by_one(name, first, logits, n):
+    """{name: f(), "name, compiled": f()}: the loop of gpt-fast's generate.py, which LlamaGen has taken over.
+
+    first() -> logits after the text; logits(code (R, 1), position (1,)) -> the next; its step is compiled as theirs.
+    """
+
+    def draw(logits):  # as their multinomial_sample_one_no_sync
+        p = logits[:, -1].float().softmax(-1)
+        return (p / torch.empty_like(p).exponential_(1)).argmax(-1, keepdim=True)
+
+    def step(code, at):
+        return draw(logits(code, at))
+
+    @torch.inference_mode()
+    def generate(step):
+        code = draw(first())
+        for i in range(PRIOR.text_len, PRIOR.text_len + n - 1):
+            code = step(code, torch.tensor([i])).clone()
+
+    fast = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    return {name: lambda: generate(step), f"{name}, compiled": lambda: generate(fast)}
+
+
+def generate_repos(repos, batch, n):
+    """{name: f()} of the three repositories, guided as GPT-2 is.  nanoGPT has no cache."""
+    rows, t = 2 * batch, PRIOR.text_len
+    text, before = torch.randint(PRIOR.n_codes, (rows, t)), torch.arange(t)
+    nano = frozen("nanoGPT", nanogpt(repos, t + n))
+    module = checkout(repos, "gpt-fast")
+    how = dict(block_size=t + n, dim=PRIOR.n_embd, intermediate_size=swiglu_inner(PRIOR))
+    fast = frozen("gpt-fast", module.Transformer(module.ModelArgs(**how, **NAMES)))
+    fast.setup_caches(rows, t + n)
+    llama = frozen("LlamaGen", llamagen(repos, t, n))
+    llama.setup_caches(rows, t + n, torch.float32)
+    states = torch.randn(rows, t, PRIOR.n_embd)
+    return (
+        {"nanoGPT": lambda: nano.generate(text, n)}
+        | one_by_one("gpt-fast", lambda: fast(text, before), fast, n)
+        | one_by_one("LlamaGen", lambda: llama(None, states, before)[0], lambda code, at: llama(code, None, at)[0], n)
+    )
 
 
 def muse(batch, grid, steps):
@@ -221,7 +374,7 @@ def muse(batch, grid, steps):
         "config": hf.T5Config(d_model=PRIOR.n_embd)
     }  # else it is fetched
     how = dict(num_tokens=PRIOR.n_codes, seq_len=grid**2, flash=False)  # measured: flash is slower here, 1.9 s for 1.3
-    net = sized("muse-maskgit-pytorch", theirs.MaskGitTransformer(**SHAPE, **how))
+    net = frozen("muse-maskgit-pytorch", theirs.MaskGitTransformer(**SHAPE, **how))
     net.encode_text = lambda texts: torch.randn(len(texts), PRIOR.text_len, PRIOR.n_embd)
     vae = theirs.VQGanVAE(dim=16, codebook_size=PRIOR.n_codes, layers=2, use_vgg_and_gan=False)
     masked = theirs.MaskGit(4 * grid, net, vae=vae)
@@ -233,7 +386,7 @@ def sampling(cfg, steps=12):
     """Guided codes of random weights: code by code beside others and its weights' products alone; in parallel steps."""
     batch, grid, n = cfg.batch, cfg.grid, cfg.grid**2
     shape = asdict(replace(PRIOR, grid_h=grid, grid_w=grid))
-    ours, masked = sized("ours", build_prior(shape)), sized("ours, masked", build_prior(shape | {"model": "masked"}))
+    ours, masked = frozen("ours", build_prior(shape)), frozen("ours, masked", build_prior(shape | {"model": "masked"}))
     text = torch.randint(PRIOR.n_vocab, (1, PRIOR.text_len))
     how = merge(SampleConfig, MODELS["masked"].Sampling)(n=batch, cfg_scale=2.0, top_p=1.0, steps=steps)
     tenth = replace(how, top_k=PRIOR.n_codes // 10)  # as theirs
@@ -245,11 +398,12 @@ def sampling(cfg, steps=12):
     fast.compile_step()
     stamps = []  # of every code
     in_turn = {"ours": lambda: generate(ours, how, lambda codes: stamps.append(time.process_time()))}
-    in_turn |= {"ours, compiled": lambda: generate(fast, how)} | gpt2(batch, n)
-    in_turn |= {"dalle-pytorch": dalle(batch, grid), "weights alone": lambda: weights_alone(ours, 2 * batch)}
+    in_turn |= {"ours, compiled": lambda: generate(fast, how)} | generate_gpt2(batch, n)
+    in_turn |= generate_repos(cfg.repos, batch, n) if cfg.repos else {}
+    in_turn |= {"dalle-pytorch": generate_dalle(batch, grid), "weights alone": lambda: weights_alone(ours, 2 * batch)}
     at_once = {"ours": lambda: generate(masked, tenth), "muse-maskgit-pytorch": muse(batch, grid, steps)}
     for kind, works in (("code by code", in_turn), (f"{steps} steps", at_once)):
-        works = {k: f for k, f in works.items() if k in ("ours", "weights alone") or cfg.only in k}
+        works = chosen(works, cfg.only)
         if len(works) > 1:
             for name in works:
                 if "compiled" in name:
@@ -262,7 +416,7 @@ def sampling(cfg, steps=12):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("part", choices=("tokenizer", "sampling"))
+    parser.add_argument("part", choices=("tokenizer", "training", "sampling"))
     add_flags(parser, PeersConfig)
     args = parser.parse_args()
     cfg = pick(PeersConfig, args)
@@ -270,7 +424,7 @@ def main():
     if cfg.memory:
         return memory(cfg.memory)
     keep_memory()
-    (sampling if args.part == "sampling" else tokenizers)(cfg)
+    {"tokenizer": tokenizers, "training": training, "sampling": sampling}[args.part](cfg)
 
 
 if __name__ == "__main__":

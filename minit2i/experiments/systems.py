@@ -121,8 +121,9 @@ def widths(name, cfg):
 
 
 def minutes(folder, work, rate):
-    """Time of a training without its evaluations: work over the median of the logged rates."""
-    return work / statistics.median(r[rate] for r in read_log(folder / "log.jsonl") if rate in r) / 60
+    """Time of a training without its evaluations: work over the median of the logged rates; NaN if none is logged."""
+    rates = [r[rate] for r in read_log(folder / "log.jsonl") if rate in r]
+    return work / statistics.median(rates or [nan]) / 60
 
 
 def learning(folder, cfg):

@@ -49,7 +49,7 @@ from minit2i.attention import MASKS, causal
 from minit2i.collectives import all_reduce_sum
 from minit2i.config import Settings, at_least
 from minit2i.demo import demo
-from minit2i.gpt import CONDITIONS, GPT, MODELS, Cache, Condition, Context, Prior, View, join_seen
+from minit2i.gpt import CONDITIONS, GPT, MODELS, Cache, Condition, Context, Prior, View, join_seen, output_layer
 from minit2i.papers.dalle import LARGE, cosine
 from minit2i.sample import WINDOW_PLANS
 from minit2i.vq import QUANTIZERS, Codebook, STQuantizer, finite, shrink
@@ -266,10 +266,7 @@ class CogView(GPT):
 
     def tied(self, x, weight):
         """Hidden states (B, S, D), rows of the embedding (V, D) -> logits (B, S, V); float32 with cfg.fp32_logits."""
-        if not self.cfg.fp32_logits:
-            return F.linear(x, weight)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), weight.float())
+        return output_layer(x, weight, self.cfg.fp32_logits)
 
     def text_head(self, x):
         """Logits of text alone."""
@@ -307,9 +304,9 @@ class CogView(GPT):
         (ids, seen), target = self.tokens(batch), self.targets(batch)
         x = self.trunk(self.embed(ids[:, :-1]), context=Context(seen=seen[:, :-1]))  # (B, L, D)
         n, t, table = self.cfg.n_vocab, self.cfg.text_len, self.embedding.weight
-        logits = self.tied(x, torch.cat([table[:n], table[n + t :]])).float()  # (B, L, V): all tokens but pads
+        rows = torch.cat([table[:n], table[n + t :]])  # (V, D): all tokens but pads
         row = torch.where(target < n, target, target - t)
-        loss = F.cross_entropy(logits.flatten(0, 1), row.flatten(), reduction="none").view_as(row)
+        loss = self.head_loss(x, rows, row, self.cfg.fp32_logits, reduction="none").view_as(row)
         return {name: loss.masked_fill(~which, 0).sum() for name, which in self.kinds(target).items()}
 
     def n_targets(self, batch):
@@ -339,10 +336,10 @@ class Captioner(GPT):
         """Embeddings of all that stands before a caption's first word.  codes (B, N), begin: id of the begin token."""
         return torch.cat([self.embed(torch.full_like(codes[:, :1], begin)), self.embed_codes(codes)], 1)
 
-    def logits(self, batch):
+    def states(self, batch):
         prefix, _ = self.condition(batch)  # pads stand at the end: nothing sees them
         n, x = batch["codes"].shape[1], self.trunk(self.arrange(prefix, self.embed_codes(batch["codes"])))
-        return self.text_head(x[:, n:-1]), self.image_head(x[:, :n])
+        return x[:, n:-1], x[:, :n]
 
     @torch.inference_mode()
     def score(self, batch):
@@ -406,9 +403,9 @@ class CogViewCaptioner(Captioner, CogView):
         before, caption = self.opening_ids(batch["codes"]), batch["text"][:, 1:]
         return torch.cat([before, caption], 1), F.pad(caption < self.cfg.n_vocab, (before.shape[1], 0), value=True)
 
-    def logits(self, batch):
+    def states(self, batch):
         n, x = batch["codes"].shape[1], self.trunk(self.embed(self.tokens(batch)[0][:, :-1]))
-        return self.text_head(x[:, n + 3 :]), self.image_head(x[:, 1 : n + 1])
+        return x[:, n + 3 :], x[:, 1 : n + 1]
 
 
 MODELS |= {"captioner": Captioner, "cogview_captioner": CogViewCaptioner}

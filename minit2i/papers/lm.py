@@ -44,7 +44,7 @@ from minit2i.checkpoint import check_free, load_model, read_config, read_hf, wri
 from minit2i.collectives import barrier
 from minit2i.config import Settings
 from minit2i.demo import VQGAN, demo
-from minit2i.gpt import GPT, MODELS, GPTConfig, Prior, cross_entropy
+from minit2i.gpt import GPT, MODELS, GPTConfig, Prior
 from minit2i.papers.taming import RECIPE as TAMING
 from minit2i.papers.taming import Norm, VQGANConfig, VQGANDecoder, VQGANEncoder
 from minit2i.sources import read_text_file
@@ -369,12 +369,13 @@ class LanguageModel(Llama):
             return tensors
         raise ValueError("a language model starts a prior with --model llama --llama OUT/lm, not with --init")
 
-    def logits(self, batch):
+    def states(self, batch):
         prefix, _ = self.condition(batch)
-        return self.text_head(self.trunk(prefix)[:, :-1]), None
+        return self.trunk(prefix)[:, :-1], None
 
     def loss(self, batch, train=False):
-        return {"text": cross_entropy(self.logits(batch)[0], self.text_targets(batch["text"]))}
+        states, target = self.states(batch)[0], self.text_targets(batch["text"])
+        return {"text": self.head_loss(states, self.text_head.weight, target, self.cfg.fp32_logits)}
 
     def n_targets(self, batch):
         return {"text": (self.text_targets(batch["text"]) >= 0).sum()}

@@ -59,7 +59,7 @@ from minit2i.config import Settings, at_least, between, pick
 from minit2i.data import cached_array
 from minit2i.demo import demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Condition, Context, Linear, Prior, View
-from minit2i.gpt import cross_entropy, views_of, without_text
+from minit2i.gpt import views_of, without_text
 from minit2i.papers.parti import Encoder
 from minit2i.papers.taming import RECIPE as TAMING
 from minit2i.tokens import read_pieces
@@ -144,20 +144,21 @@ class MaskedGPT(GPT):
     def corrupt(self, batch, seeds):
         return batch | {"visible_codes": hide_each(batch["codes"], seeds)}
 
-    def logits(self, batch):
-        """-> None, logits of all codes (B, N, n_codes), each from its own position."""
-        return None, self.code_logits(batch.get("visible_codes", batch["codes"]), *self.condition(batch))
+    def states(self, batch):
+        """-> None, hidden states that predict the codes (B, N, D), each at its own position."""
+        return None, self.code_states(batch.get("visible_codes", batch["codes"]), *self.condition(batch))
 
-    def code_logits(self, codes, prefix, context):
-        """codes (B, N) with -1 where hidden, and what `condition` returns -> (B, N, n_codes)."""
+    def code_states(self, codes, prefix, context):
+        """codes (B, N) with -1 where hidden, and what `condition` returns -> (B, N, D)."""
         x = self.trunk(self.arrange(prefix, self.embed_codes(codes)), context=context)  # (B, L, D)
-        return self.image_head(x[:, self.layout.n_prefix :])
+        return x[:, self.layout.n_prefix :]
 
     def loss(self, batch, train=False):
         """Cross-entropy of the hidden codes alone (Muse sec. 2.6); label smoothing in training."""
         target = batch["codes"].masked_fill(batch["visible_codes"] >= 0, -100)
-        smoothing = self.cfg.label_smoothing if train else 0.0
-        return {"image": cross_entropy(self.logits(batch)[1], target, label_smoothing=smoothing)}
+        smoothing, states = self.cfg.label_smoothing if train else 0.0, self.states(batch)[1]
+        head = self.image_head.weight, target, self.cfg.fp32_logits
+        return {"image": self.head_loss(states, *head, label_smoothing=smoothing)}
 
     def n_targets(self, batch):
         return {"image": (batch["visible_codes"] < 0).sum()}
@@ -187,7 +188,7 @@ class MaskedGPT(GPT):
         for step in range(n_steps):
             u, noise = (step + 1) / n_steps, sampler.uniform(2, n_image)  # (B, 2, N)
             both = torch.cat([codes, codes]) if sampler.guided else codes
-            logits = self.code_logits(both, prefix, context).float()  # (2B, N, V)
+            logits = self.image_head(self.code_states(both, prefix, context)).float()  # (2B, N, V)
             logits = sampler.guide(logits, sampler.scale(u)).flatten(0, 1)  # (B N, V)
             sampled = sampler.pick(sampler.filter(logits), noise[:, 0].flatten()).view(b, -1)  # (B, N)
             log_p = -F.cross_entropy(logits, sampled.flatten(), reduction="none").view(b, -1)

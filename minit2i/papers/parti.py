@@ -52,7 +52,7 @@ from minit2i.config import Settings, annotations, at_least, pick
 from minit2i.demo import demo
 from minit2i.fp16 import shrink_gradient
 from minit2i.gpt import CONDITIONS, MODELS, Block, Condition, Context, Head, Linear, Prior
-from minit2i.gpt import cross_entropy, init_weights, make_norm, rotary_tables, seen_text
+from minit2i.gpt import init_weights, make_norm, rotary_tables, seen_text
 from minit2i.papers.dalle import LARGE
 from minit2i.papers.taming import logistic
 from minit2i.tokenizer_losses import DISCRIMINATORS, AdversaryConfig
@@ -526,7 +526,7 @@ class Towers(Prior):
 
     def words_loss(self, states, target):
         """Summed cross-entropy of the hidden words: states (B, T, D), target (B, T) or -100 -> (), in nats."""
-        return cross_entropy(self.text_head(states), target)
+        return self.head_loss(states, self.text_head.weight, target, self.cfg.fp32_logits)
 
     def loss(self, batch, train=False):
         """Hidden words, and captions against images.  One pass of the text encoder reads corrupted and whole

@@ -262,12 +262,12 @@ class Perceptual(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
     def forward(self, a, b):
-        x = ((torch.cat([a, b]) + 1) / 2 - self.mean) / self.std
+        x, y = (((image + 1) / 2 - self.mean) / self.std for image in (a, b))
         total = 0.0
         for i, layer in enumerate(self.features):
-            x = layer(x)
+            x, y = layer(x), layer(y)  # apart: there is no backward pass through the true image
             if i in self.LAYERS:
-                f, g = F.normalize(x.float(), dim=1, eps=1e-6).chunk(2)  # (B, C, h, w) each
+                f, g = (F.normalize(features.float(), dim=1, eps=1e-6) for features in (x, y))  # (B, C, h, w) each
                 total = total + (f - g).square().sum(1).mean((1, 2))
         return total
 
