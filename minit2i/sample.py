@@ -196,6 +196,17 @@ def find_model(name):
     return SHIPPED / name if not Path(name, "config.json").exists() and (SHIPPED / name).is_dir() else Path(name)
 
 
+def store_transposed(model):
+    """Store the matrices of a frozen model by columns: one row of codes at a time, a CPU multiplies faster by them.
+
+    Shapes and results stay.  Measured at 6 layers, 256 wide, float32, one core with AVX512: sampling takes 0.79 (0.72
+    to 0.81) of the time alone, 1.06 (one round) for 16.  Not for training: safetensors saves contiguous tensors only.
+    """
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.data = layer.weight.data.T.contiguous().T
+
+
 def sample_settings(*configs):
     """The SampleConfig class with the extra settings of the models that these config.json dicts describe."""
     return merge(SampleConfig, *(MODELS[c["model"]["model"]].Sampling for c in configs))
@@ -251,6 +262,8 @@ class Pipeline:
         check_prior(self.config, "the folder", folder)
         settings = sample_settings(self.config)
         self.model = load_model(folder, build_prior(self.config["model"])).to(self.device, dtype).requires_grad_(False)
+        if self.device.type == "cpu":
+            store_transposed(self.model)
         if compile:
             self.model.compile_step()
         own = load_vq(folder / "vq", self.device)

@@ -1,10 +1,11 @@
-"""The model that ships: small, without paths of the machine that made it, and able to follow a prompt."""
+"""The models that ship: small, without paths of the machine that made them, and able to follow a prompt."""
 
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minit2i import sample_cli
@@ -31,6 +32,18 @@ def test_images_show_what_the_prompt_says(held_out, least):
     assert np.mean(right) > least
 
 
+def test_emoji_have_the_tone_of_the_prompt():
+    """Faces get darker from tone to tone; the brightest and the darkest of five unseen combinations differ clearly."""
+    pipeline, light = Pipeline("emoji"), []
+    for tone in ("light", "medium", "dark"):
+        prompts = [f"{who} with {tone} skin tone" for who in ("woman astronaut", "thumbs up", "ear", "man judge")]
+        images = torch.cat([x for _, x in pipeline(prompts, replace(pipeline.sampling, n=1))])
+        assert (images[:, :, :2, :2] > 0.9).all()  # on white
+        light.append(images.mean())
+    assert light[0] > light[1] + 0.02 > light[2] + 0.04
+
+
 def test_the_first_command_of_the_readme(tmp_path):
-    sample_cli.main(["--prompt", "a large red circle above a small blue square", "--out", f"{tmp_path}/sample.png"])
+    prompt = ["--model", "emoji", "--prompt", "woman pilot with dark skin tone"]
+    sample_cli.main([*prompt, "--out", f"{tmp_path}/sample.png"])
     assert Image.open(tmp_path / "sample.png").size == (4 * 64 + 3 * 2, 64)

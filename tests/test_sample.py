@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from minit2i.gpt import build_prior
 from minit2i.papers.cogview import centre_outward
 from minit2i.papers.taming import every_place
 from minit2i.sample import (
@@ -18,6 +19,7 @@ from minit2i.sample import (
     min_p,
     sample_code,
     slide,
+    store_transposed,
     temperature,
     top_k,
     top_p,
@@ -187,3 +189,17 @@ def test_sliding_samples_what_is_hidden_and_keeps_the_rest():
         assert (out == 7).nonzero().tolist() == (codes == 7).nonzero().tolist()
     out = slide(sample, codes, (3, 3), every_place((4, 5), (3, 3)))
     assert [int(x) for x in out[0].flatten() if x != 7] == [100 + k for k in range(20) if k not in (6, 7)]
+
+
+def test_weights_stored_by_columns_give_the_same_codes():
+    torch.manual_seed(0)
+    model = build_prior(dict(n_layer=2, n_embd=32, n_head=2, n_vocab=20, n_codes=16, text_len=4, grid_h=4, grid_w=4))
+    text = torch.zeros(1, 4, dtype=torch.long)
+
+    def sampled():
+        return model.generate({"text": text}, text[0], Sampler(SampleConfig(n=4), range(4), text.device))
+
+    before = sampled()
+    store_transposed(model.requires_grad_(False))
+    assert {layer.weight.stride()[0] for layer in model.modules() if isinstance(layer, torch.nn.Linear)} == {1}
+    assert sampled().equal(before)

@@ -5,13 +5,16 @@
     pip install transformers accelerate ema-pytorch beartype
     pip install --no-deps muse-maskgit-pytorch memory-efficient-attention-pytorch rotary-embedding-torch
     OMP_NUM_THREADS=1 python -m minit2i.experiments.peers sampling --batch 16 --grid 32 --rounds 1 --only static
-    mkdir repos && cd repos && git clone https://github.com/karpathy/nanoGPT && cd ..  # so, too: FoundationVision/LlamaGen
-    git clone https://github.com/meta-pytorch/gpt-fast repos/gpt-fast
+    mkdir repos && git -C repos clone https://github.com/karpathy/nanoGPT
+    git -C repos clone https://github.com/meta-pytorch/gpt-fast
+    git -C repos clone https://github.com/FoundationVision/LlamaGen
     OMP_NUM_THREADS=1 python -m minit2i.experiments.peers training --batch 4 --repos repos --compile
 
-Without --repos the three repositories, which are no packages, are left out.  Ours and theirs take turns; medians, and the range of the ratio (above 1: ours is faster).  Times are CPU seconds of the
-process, which other programs disturb less than the clock's: use one thread.  Peak memory is that of a separate process,
-beyond what it held before.  dalle-pytorch's text tokenizers need not be installed.
+Training needs transformers and dalle-pytorch with rotary-embedding-torch.  The three repositories are no packages;
+without --repos they are left out.  Ours and theirs take turns; medians, and the range of the ratio (above 1: ours is
+faster).  Times are CPU seconds of the process, which other programs disturb less than the clock's: use one thread.
+Peak memory is that of a separate process, beyond what it held before.  dalle-pytorch's text tokenizers need not be
+installed.
 """
 
 import copy
