@@ -1,6 +1,7 @@
 """The six systems in one table: equal sizes, rows that are trained once, and the table."""
 
 import json
+import math
 import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
@@ -170,3 +171,8 @@ def test_accuracy_is_measured_at_each_kept_checkpoint(tmp_path):
         keep_copy(tmp_path, tmp_path / f"step-{step:06d}")
     points = systems.learning(tmp_path, replace(CFG, device="cpu", prompts_per_category=1))
     assert [n for n, _ in points] == [160, 320] and all(0 <= accuracy <= 100 for _, accuracy in points)
+
+
+def test_a_run_too_short_to_log_a_rate_has_no_time(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 2, "val_image_loss": 1.0}\n')
+    assert math.isnan(systems.minutes(tmp_path, 100, "tokens_per_s"))

@@ -232,6 +232,7 @@ def gpt2(length):
 
 
 def nanogpt(repos, length):
+    """nanoGPT's model with as many parameters."""
     module = checkout(repos, "nanoGPT")
     return module.GPT(module.GPTConfig(block_size=length, n_embd=PRIOR.n_embd, bias=False, **NAMES))
 
