@@ -38,8 +38,9 @@ def smooth(points, width):
     return [(part[-1][0], statistics.mean(y for _, y in part)) for part in parts]
 
 
-def plot(curves, title, width=560, height=340):
-    """{label: [(x, y)]} -> a PIL image with a legend; values in the first tenth of a curve may exceed the y axis."""
+def plot(curves, title, width=560, height=340, unit="steps"):
+    """{label: [(x, y)]} -> a PIL image with a legend, x counted in `unit`; values in the first tenth of a curve may
+    exceed the y axis."""
     image = Image.new("RGB", (width, height), "white")
     draw, x0, y0, x1, y1 = ImageDraw.Draw(image), 56, height - 28, width - 12, 24
     low = min(y for points in curves.values() for _, y in points)
@@ -53,7 +54,7 @@ def plot(curves, title, width=560, height=340):
     draw.text((x0, 4), title, fill="black")
     for value in (low, (low + top) / 2, top):
         draw.text((4, at(0, value)[1] - 6), f"{value:.4g}", fill="#444444")
-    draw.text((x1 - 40, y0 + 8), f"{last} steps", fill="#444444")
+    draw.text((x1, y0 + 8), f"{last:,} {unit}", fill="#444444", anchor="ra")
     first = next(iter(curves.values()))
     falls = first[-1][1] < first[0][1]
     legend = y1 if falls else y0 - 6 - 14 * len(curves)  # in the corner that the curves leave free

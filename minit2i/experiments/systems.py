@@ -226,7 +226,7 @@ def report(out, rows):
     curves = {name: smooth([(r["step"], r["image_loss"]) for r in log], 5) for name, log in logs.items()}
     save_image(Path(out, "curves.png"), plot(curves, "image loss in training, nats/code"))
     if points := {name: row["learning"] for name, row in rows.items() if row["learning"]}:
-        save_image(Path(out, "accuracy.png"), plot(points, "scenes right against images seen, %"))
+        save_image(Path(out, "accuracy.png"), plot(points, "seen scenes right, %", unit="images"))
     strips = [Image.open(Path(out, name, "images.png")) for name in rows]
     side = 60  # for the names
     grid = Image.new("RGB", (side + strips[0].width, sum(im.height for im in strips)), "white")

@@ -37,7 +37,7 @@ Commands
     python sample.py --model out/muse --prompt "a red circle" --enlarge out/muse-larger
     python sample.py --model out/muse --prompt "a red circle" --steps 12 --image photo.png --inpaint_mask hole.png
 
-results: minit2i/experiments/README.md, "masked-steps", "masked-guidance", "cascade"
+results: minit2i/experiments/README.md, "priors", "masked-steps", "masked-guidance", "cascade"
 """
 
 import hashlib

@@ -32,7 +32,7 @@ Commands
         --vq out/parti-vq --out out/parti                              without --init: from scratch
     python sample.py --model out/parti --vq out/x2 --prompt "a red circle" --best_of 16 --judge out/towers
 
-results: minit2i/experiments/README.md, "decoders", "adversarial", "rerank"
+results: minit2i/experiments/README.md, "priors", "decoders", "adversarial", "rerank"
 """
 
 import math
