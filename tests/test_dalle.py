@@ -73,7 +73,7 @@ def test_schedules_below_one_are_shares_of_the_training():
     """DALL-E's proportions: the temperature falls over 5 % of the steps, the KL weight rises over 0.2 %."""
     cfg = train_vq.VQTrainConfig(out="", steps=3000)
     model_cfg = build_vq(DVAE | RECIPE["vq"]).cfg
-    quantizer = train_vq.make_model(model_cfg, DataConfig(image_size="16"), cfg, "cpu").quantizer
+    quantizer = train_vq.make_model(model_cfg, DataConfig(image_size="16"), cfg, torch.device("cpu")).quantizer
     assert (quantizer.cfg.kl_steps, quantizer.cfg.tau_steps) == (6, 150)
     given = train_vq.in_steps(replace(model_cfg, kl_steps=0, tau_steps=700), 3000)
     assert (given.kl_steps, given.tau_steps) == (0, 700)
