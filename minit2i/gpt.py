@@ -177,8 +177,8 @@ def cross_entropy(logits, target, reduction="sum", **how):
 def head_loss(x, weight, target, fp32, **how):
     """Cross-entropy of an output layer: hidden states (B, S, D), weight (V, D), target (B, S) -> (), see cross_entropy.
 
-    By itself: compiled, it writes the logits once and in the product's precision, the largest tensor of a training step
-    and else four times as many bytes in several copies.
+    parallel.py compiles it: then the logits, the largest tensor of a training step, are kept once and in the product's
+    precision; eager, cross-entropy keeps two float32 copies.
     """
     return cross_entropy(output_layer(x, weight, fp32), target, **how)
 

@@ -191,21 +191,23 @@ def sum_latents(z, codes, n_codes):
     return all_reduce_sum(z.new_zeros(n_codes, z.shape[1]).index_add_(0, codes, z))
 
 
-def draw(weight, n, seed):
-    """n indices of weight (N,) >= 0, each drawn with a probability proportional to it: -> (n,), random if all are 0.
+def sample_indices(weight, n, seed):
+    """Sample n indices of weight (N,) >= 0 with p proportional to it -> (n,), any indices if all weights are 0.
 
-    A GPU looks uniform numbers up in the cumulative sum, as the CPU's multinomial does with the same ones; the
-    process need not wait for it.
+    On a GPU uniform numbers are looked up in the cumulative sum, as the CPU's multinomial does with the same numbers,
+    so that the process does not wait for the GPU.
     """
     generator = torch.Generator().manual_seed(seed)
     if not weight.is_cuda:
         weight = weight.cpu()
         return (weight if weight.any() else weight + 1).multinomial(n, replacement=True, generator=generator)
-    return look_up(weight, torch.rand(n, dtype=torch.float64, generator=generator).to(weight.device, non_blocking=True))
+    return inverse_cdf(
+        weight, torch.rand(n, dtype=torch.float64, generator=generator).to(weight.device, non_blocking=True)
+    )
 
 
-def look_up(weight, uniform):
-    """weight (N,), uniform (n,) in [0, 1), float64 -> (n,): where the cumulative sum reaches that share of the whole."""
+def inverse_cdf(weight, uniform):
+    """weight (N,), uniform (n,) in [0, 1), float64 -> (n,): where the cumulative sum reaches that share of the sum."""
     total = weight.double().cumsum(0)
     return torch.searchsorted(total, uniform * total[-1]).clamp_max(len(weight) - 1)
 
@@ -221,7 +223,7 @@ def sample_latents(z, codes, valid, codebook, n, seed):
     weight = z.new_zeros(world, len(z))
     weight[rank] = (z - F.embedding(codes, codebook)).square().sum(1) * valid + 1e-12 * valid
     weight = all_reduce_sum(weight).flatten().nan_to_num(0, 0, 0)  # (world * N,); of a codebook that has diverged
-    index = draw(weight, n, seed).to(z.device)
+    index = sample_indices(weight, n, seed).to(z.device)
     first = rank * len(z)  # this rank holds rows first ... first + N - 1; the others' rows come with the sum
     mine = (index >= first) & (index < first + len(z))
     drawn = all_reduce_sum(z[(index - first).clamp(0, len(z) - 1)] * mine[:, None])

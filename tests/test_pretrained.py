@@ -33,7 +33,7 @@ def test_images_show_what_the_prompt_says(held_out, least):
 
 
 def test_emoji_have_the_tone_of_the_prompt():
-    """Faces get darker from tone to tone; the brightest and the darkest of five unseen combinations differ clearly."""
+    """The mean of four concepts gets darker from tone to tone."""
     pipeline, light = Pipeline("emoji"), []
     for tone in ("light", "medium", "dark"):
         prompts = [f"{who} with {tone} skin tone" for who in ("woman astronaut", "thumbs up", "ear", "man judge")]

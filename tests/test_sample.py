@@ -19,7 +19,7 @@ from minit2i.sample import (
     min_p,
     sample_code,
     slide,
-    store_transposed,
+    store_by_columns,
     temperature,
     top_k,
     top_p,
@@ -200,6 +200,6 @@ def test_weights_stored_by_columns_give_the_same_codes():
         return model.generate({"text": text}, text[0], Sampler(SampleConfig(n=4), range(4), text.device))
 
     before = sampled()
-    store_transposed(model.requires_grad_(False))
+    store_by_columns(model.requires_grad_(False))
     assert {layer.weight.stride()[0] for layer in model.modules() if isinstance(layer, torch.nn.Linear)} == {1}
     assert sampled().equal(before)

@@ -15,7 +15,7 @@ from minit2i.papers.parti import WDSR, ViTBlock
 from minit2i.papers.taming import Norm, SelfAttention
 from minit2i.train import Processes
 from minit2i.vq import BACKBONES, OUTPUTS, QUANTIZERS, UPSAMPLERS, Codebook
-from minit2i.vq import build_vq, draw, is_local, look_up, nearest_code, reach
+from minit2i.vq import build_vq, inverse_cdf, is_local, nearest_code, reach, sample_indices
 
 SMALL = dict(stride=4, ch=8, n_res=1, n_codes=16, code_dim=4)
 CODEBOOKS = [name for name, kind in QUANTIZERS.items() if issubclass(kind, Codebook)]
@@ -258,13 +258,13 @@ def test_kmeans_initialisation_uses_every_code():
     assert error(quantizer) < 0.5 * z.var(0).sum() < error(random)
 
 
-def test_a_gpu_draws_what_the_cpu_draws():
+def test_a_gpu_samples_the_indices_that_a_cpu_samples():
     weight, found = torch.rand(300, dtype=torch.float64).square() * (torch.rand(300) < 0.7), []
     for seed in range(3):
         uniform = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        found.append((look_up(weight, uniform), draw(weight, 500, seed)))
+        found.append((inverse_cdf(weight, uniform), sample_indices(weight, 500, seed)))
     assert all(a.equal(b) for a, b in found) and not found[0][0].equal(found[1][0])
-    assert look_up(torch.tensor([0.0, 0.0, 2.0, 0.0, 2.0]), torch.tensor([0.3, 0.6]).double()).tolist() == [2, 4]
+    assert inverse_cdf(torch.tensor([0.0, 0.0, 2.0, 0.0, 2.0]), torch.tensor([0.3, 0.6]).double()).tolist() == [2, 4]
 
 
 class OnlyOnGPU(TorchDispatchMode):

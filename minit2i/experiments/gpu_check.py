@@ -1,6 +1,6 @@
 """What a GPU has to say: one line per check, ok or FAIL, with figures.
 
-    python -m minit2i.experiments.gpu_check                   one H100: about 7 minutes, the most important checks first
+    python -m minit2i.experiments.gpu_check                   at most 7 minutes (--budget), the most important first
     python -m minit2i.experiments.gpu_check --only "mfu|half" some checks
     python -m minit2i.experiments.gpu_check --tiny            a minute, on a CPU too: does the script work?
 

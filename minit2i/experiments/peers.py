@@ -334,16 +334,16 @@ def one_by_one(name, first, logits, n):
     first() -> logits after the text; logits(code (R, 1), position (1,)) -> the next; its step is compiled as theirs.
     """
 
-    def draw(logits):  # as their multinomial_sample_one_no_sync
+    def sample(logits):  # as their multinomial_sample_one_no_sync
         p = logits[:, -1].float().softmax(-1)
         return (p / torch.empty_like(p).exponential_(1)).argmax(-1, keepdim=True)
 
     def step(code, at):
-        return draw(logits(code, at))
+        return sample(logits(code, at))
 
     @torch.inference_mode()
     def generate(step):
-        code = draw(first())
+        code = sample(first())
         for i in range(PRIOR.text_len, PRIOR.text_len + n - 1):
             code = step(code, torch.tensor([i])).clone()
 

@@ -437,8 +437,9 @@ def centre_continuous(grid, window, step=1):
     row first.
 
     -> [(top, left, rows)]: the first `rows` rows of a window are sampled, given what stands above and to the left.  Its
-    last `step` rows, which one row of coarse codes covers, are left to the windows below; the corner gives only
-    the rows that the next window reads.  The top and the bottom row go from left to right: the corner must come first at the top.
+    last `step` rows, which one row of coarse codes covers, are left to the windows below; of the corner only the rows
+    that the next window reads are sampled.  The top and the bottom row of windows go from left to right, as the corner
+    must come first at the top.
     Sec. 3.1's centre-continuous sliding window, in the order of the release (generation/magnify.py) for 3x3 windows.
     """
     h, w = window
