@@ -28,7 +28,7 @@ from minit2i.plot import captioned_grid
 from minit2i.resume import Learner, load_state, save_run
 from minit2i.tokenizer_losses import LossConfig, Objective, output_of
 from minit2i.train import EMA, EVAL_SIZE, Log, Processes, TrainConfig, check_finite, make_optimizer, n_params
-from minit2i.train import check_loss, image_format, optimizer_step, resumed_schedule, run, seed_step, steps
+from minit2i.train import check_loss, optimizer_step, resumed_schedule, run, seed_step, steps
 from minit2i.vq import VQ, VQConfig, shrink
 
 
@@ -97,7 +97,8 @@ def in_steps(model_cfg, steps):
 def make_model(model_cfg, data_cfg, cfg, device):
     """The tokenizer as the run starts: randomly initialised, or from --init."""
     torch.manual_seed(cfg.seed)
-    model = VQ(model_cfg).to(device, memory_format=image_format(device))
+    model = VQ(model_cfg)
+    model.to(device, memory_format=model.image_format(device))
     model.grid(*parse_size(data_cfg.image_size))
     model.quantizer.cfg = in_steps(model_cfg, cfg.steps)
     if cfg.init:
@@ -264,7 +265,7 @@ def main():
         seed_step(cfg.seed, step, procs.rank)
         batch = next(batches)
         skipped.add([s for _, _, skips in batch for s in skips])
-        how = dict(non_blocking=True, memory_format=image_format(procs.device))
+        how = dict(non_blocking=True, memory_format=model.image_format(procs.device))
         batch = [images.to(procs.device, **how) for images, _, _ in batch]
         if step == model.quantizer.first_step and not cfg.init:
             with torch.no_grad(), procs.autocast():

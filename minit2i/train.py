@@ -105,12 +105,6 @@ def set_up(device):
         torch.backends.cudnn.benchmark = True
 
 
-def image_format(device):
-    """The memory format of images and convolutions: with channels last cuDNN's tensor cores need no transposed copies.
-    (A CPU's GroupNorm loses digits so, see papers/taming.py:Norm.)"""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
 class Processes:
     """This process among those that torchrun started (alone without torchrun), its device and its precision."""
 

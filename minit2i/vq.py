@@ -38,11 +38,13 @@ PARTS = {  # fields that name an entry
 
 
 class Backbone(NamedTuple):
-    """Entry of BACKBONES: classes built as encoder(cfg, width) and decoder(cfg, width), and their settings."""
+    """Entry of BACKBONES: classes built as encoder(cfg, width) and decoder(cfg, width), their settings, and whether a
+    GPU trains them faster on images with channels last."""
 
     encoder: type
     decoder: type
     Config: type | None = None
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
-BACKBONES["vqvae"] = Backbone(Encoder, Decoder)
+BACKBONES["vqvae"] = Backbone(Encoder, Decoder, channels_last=True)  # measured, H200: 1.44; dvae 0.90, vqgan 0.97
 OUTPUTS["rgb"] = (3, lambda maps: maps.float())
 RECON_LOSSES["l1"] = lambda maps, image, target: (image - target).abs().mean()
 RECON_LOSSES["l2"] = lambda maps, image, target: (image - target).square().mean()
@@ -495,6 +497,11 @@ class VQ(nn.Module):
                     f"image {name} {value} is not a multiple of the tokenizer's stride {s}; use {lo} or {lo + s}"
                 )
         return height // s, width // s
+
+    def image_format(self, device):
+        """The memory format of images and weights for training on a device."""
+        fast = device.type == "cuda" and BACKBONES[self.cfg.backbone].channels_last
+        return torch.channels_last if fast else torch.contiguous_format
 
     def latents(self, image):
         """image (B, 3, H, W) in [-1, 1] -> latents (B, h, w, C), before quantization."""

@@ -34,6 +34,30 @@ def test_the_encoder_reads_phi_of_the_pixels():
     assert torch.allclose(seen[0], torch.tensor([EPS, 0.5, 1 - EPS, 0.7]).expand(1, 3, 4, 4))
 
 
+def test_upsampling_after_1x1_convolutions_gives_the_same():
+    """App. A.1 upsamples first.  The layers' numbers are those of a list that holds the upsampling."""
+    decoder, x = tokenizer().decoder.double(), torch.randn(2, 4, 3, 5, dtype=torch.double)
+    widths, out = [], x
+    for layer in decoder:
+        if hasattr(layer, "branch"):
+            layer.branch[1].register_forward_hook(lambda module, args, y: widths.append(y.shape[3]))
+    got = decoder(x)
+    assert widths == [5, 5, 10] and got.shape == (2, 3, 12, 20), "the 1x1 convolutions see the smaller input"
+    for i, layer in enumerate(decoder):
+        out = out.repeat_interleave(2, 2).repeat_interleave(2, 3) if i in (2, 4) else out
+        out = layer.skip(out) + layer.gain * layer.branch(out) if i in (1, 3, 5) else layer(out)
+    assert torch.allclose(got, out)
+
+
+def test_the_encoder_computes_channels_last():
+    """Its pooling is slow on a CPU otherwise."""
+    vq, seen = tokenizer(), []
+    for layer in vq.encoder:
+        layer.register_forward_hook(lambda module, args, y: seen.append(y))
+    vq.encode(torch.rand(2, 3, 16, 16))
+    assert len(seen) == 8 and all(y.is_contiguous(memory_format=torch.channels_last) for y in seen)
+
+
 # --- sampled codes ---
 
 

@@ -21,7 +21,7 @@ from minit2i.data import spare_cores
 from minit2i.gpt import MODELS
 from minit2i.plot import read_log
 from minit2i.train import Processes
-from minit2i.vq import build_vq, exact_products, nearest_code
+from minit2i.vq import VQ, build_vq, exact_products, nearest_code
 
 GPU = torch.device("cuda", 0)
 SMALL_VQ = dict(stride=4, ch=8, n_res=1, n_codes=64, code_dim=4)
@@ -112,11 +112,12 @@ def test_tokenizers_work_with_channels_last(backbone):
 
 def test_a_gpu_trains_tokenizers_with_channels_last(images, tmp_path, monkeypatch):
     """Here a CPU does, with a discriminator, and resumes: moments lie in memory as their weights do."""
-    assert train.image_format(GPU) == torch.channels_last
-    assert train.image_format(torch.device("cpu")) == torch.contiguous_format
+    vqvae, vqgan = (build_vq(SMALL_VQ | {"backbone": name, "ch": 16}) for name in ("vqvae", "vqgan"))
+    assert vqvae.image_format(GPU) == torch.channels_last
+    assert vqvae.image_format(torch.device("cpu")) == vqgan.image_format(GPU) == torch.contiguous_format
     flags = f"{VQ_FLAGS} --data {images} --discriminator patch --gan_layers 1 --gan_ch 8 --gan_start 1 --eval_every 2"
     call(train_vq, f"{flags} --steps 4 --out {tmp_path / 'plain'}")
-    monkeypatch.setattr(train_vq, "image_format", lambda device: torch.channels_last)
+    monkeypatch.setattr(VQ, "image_format", lambda self, device: torch.channels_last)
     states, step = [], train_vq.optimizer_step
 
     def look(module, optimizer, *more):

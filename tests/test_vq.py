@@ -298,6 +298,35 @@ def test_codebooks_do_not_wait_for_a_gpu(name):
         torch.ones(3).cpu()
 
 
+class Largest(TorchDispatchMode):
+    """Context that notes the number of elements of the largest tensor."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if torch.is_tensor(x):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("name", ["ema", "st", "fixed", "fsq"])
+def test_training_makes_no_table_of_latents_times_codes(name):
+    """k-means, a step forward and backward, and its update, with restarts: at most a block of nearest_code's."""
+    n, vq = 256, small(quantizer=name, n_codes=2**16, restart=0.5)
+    quantizer = vq.quantizer
+    z = torch.randn(n, quantizer.widths(vq.cfg)[0], requires_grad=True)
+    with Largest() as largest:
+        quantizer.start(z)
+        z_q, codes, loss = quantizer(z, train=True, step=quantizer.first_step)
+        (z_q.sum() + loss).backward()
+        quantizer.update(z, codes, 0)
+        assert largest.elements < n * 2**16 / 3
+        torch.cdist(z, quantizer.codebook.float())
+        assert largest.elements >= n * 2**16
+
+
 def update_codebooks(names, z):
     """Ten updates of each codebook, with restarts, each rank with its share of a batch -> the states of all ranks."""
     procs, states = Processes("cpu"), {}

@@ -5,7 +5,7 @@ python -m minit2i.experiments.plan --model_size dalle-12b --processes 512 --prec
 python -m minit2i.experiments.plan --vq out/vq --n_layer 12 --n_embd 768 --n_head 12 --processes 8
 
 The flags are train_prior.py's, and those of the machine.  The code grid is the tokenizer's in --vq if there is one,
-else the named size's.
+else the named size's.  With --compile activations and logits are those that compiled blocks and losses keep.
 
 Shapes: T text length, N codes, L = P+N sequence length.
 """
@@ -26,6 +26,7 @@ from minit2i.flags import add_flags, named, new_parser
 from minit2i.gpt import CONDITIONS, GPT, MODELS, GPTConfig, build_prior, conditions_of, prior_config, with_codes
 from minit2i.papers import RECIPES, SIZES
 from minit2i.papers.parti import Encoder
+from minit2i.parallel import blocks
 from minit2i.tokens import Text
 from minit2i.train import DTYPES, pick_device, pick_precision, run
 
@@ -49,6 +50,7 @@ class PlanConfig(Settings):
     precision: Annotated[str, "auto is this machine's", ("auto", *DTYPES)] = "auto"
     strategy: Annotated[str, "replicas, shards, or shards within a node", ("ddp", "fsdp", "hsdp")] = "ddp"
     per_node: Annotated[int, "processes of a node, for hsdp", at_least(1)] = 8
+    compile: Annotated[bool, "torch.compile the model"] = False
     checkpoint_activations: Annotated[bool, "recompute activations in the backward pass"] = False
     optimizer: Annotated[str, "adamw or muon", ("adamw", "muon")] = "adamw"
     ema: Annotated[float, "decay of the averaged weights; 0: none", between(0, 1)] = 0.999
@@ -112,10 +114,11 @@ def training_flops(cfg):
     return 3 * 2 * (work + heads + 2 * cfg.n_embd * pairs)
 
 
-def activation_bytes(cfg, precision, cross):
+def activation_bytes(cfg, precision, cross, compiled=False):
     """Bytes that one block (cross: with cross-attention) keeps for the backward pass, for one sequence.
 
-    Counted on a CPU, on a narrow copy with a fused kernel's attention, and scaled by length times width.
+    Counted on a CPU, on a narrow copy with a fused kernel's attention, and scaled by length times width.  compiled: of
+    a graph that Inductor's partition divides into forward and backward pass, run without Inductor.
     """
     narrow = dict(model="gpt", n_embd=128, n_head=2, n_vocab=8, n_codes=8, text_len=63, grid_h=24, grid_w=24)
     narrow |= dict(mask="causal", dropout=0.0, n_kv_head=0, mlp_inner=cfg.mlp_inner * 128 // cfg.n_embd)
@@ -124,6 +127,10 @@ def activation_bytes(cfg, precision, cross):
     for n_layer in (1, 2):
         torch.manual_seed(0)
         model = build_prior(asdict(cfg) | narrow | {"n_layer": n_layer})
+        if compiled:
+            torch._dynamo.reset()  # earlier graphs count towards its limit, beyond which nothing is compiled
+            for block in blocks(model):
+                block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition")
         weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
         copies = {w.numel() for w in model.parameters()}  # autocast's, in half precision
         seen = {}  # tensors too, so that their addresses are not reused
@@ -147,21 +154,23 @@ def activation_bytes(cfg, precision, cross):
 def memory_by_part(cfg, how, precision):
     """{part: bytes} of one process."""
     model, parts, half = meta_prior(cfg), parameters(cfg), DTYPES[precision].itemsize
-    blocks, length, total = encoders(cfg), model.layout.length, sum(parts.values())
+    stacks, length, total = encoders(cfg), model.layout.length, sum(parts.values())
     shards = {"ddp": 1, "fsdp": how.processes, "hsdp": min(how.per_node, how.processes)}[how.strategy]
     outside, block = (
         parts["embeddings"] + parts["heads"],
-        parts["blocks"] / (cfg.n_layer + sum(n for _, n, _ in blocks)),
+        parts["blocks"] / (cfg.n_layer + sum(n for _, n, _ in stacks)),
     )
     sequences = how.batch_size / how.processes / how.accum
-    layer = activation_bytes(cfg, precision, model.memory_length > 0)
-    if blocks:  # an encoder's are shorter and have no cross-attention
-        shorter = sum(n * positions for _, n, positions in blocks) / length
-        layer += activation_bytes(cfg, precision, False) * shorter / cfg.n_layer
+    layer = activation_bytes(cfg, precision, model.memory_length > 0, how.compile)
+    if stacks:  # an encoder's are shorter and have no cross-attention
+        shorter = sum(n * positions for _, n, positions in stacks) / length
+        layer += activation_bytes(cfg, precision, False, how.compile) * shorter / cfg.n_layer
     entering = length * cfg.n_embd * 4  # a float32 residual stream
     heads = cfg.text_len * cfg.n_vocab * model.predicts_text, cfg.n_image * cfg.n_codes
-    # both log-softmaxes are kept; an eager backward pass adds two gradients of one head's logits at a time
-    logits = 4 * sum(heads) + 8 * max(heads)
+    if how.compile:  # logits are kept in the product's precision, and their gradient takes their place
+        logits = (4 if cfg.fp32_logits else half) * sum(heads)
+    else:  # both log-softmaxes are kept; the backward pass adds two gradients of one head's logits at a time
+        logits = 4 * sum(heads) + 8 * max(heads)
     kept = cfg.n_layer * entering + layer if how.checkpoint_activations else cfg.n_layer * layer
     if shards > 1:
         copies = 4 * outside + 2 * half * block  # gathered: everything outside the blocks, and two blocks
@@ -184,13 +193,13 @@ def plan(cfg, how, precision):
     total, sequences = sum(parts.values()), how.batch_size / how.processes / how.accum
     flops, tokens = training_flops(cfg), how.steps * how.batch_size * length
     seconds = flops / length * tokens / (how.processes * how.peak_tflops * 1e12 * how.mfu)
-    checkpointed, gib = ", checkpointed" if how.checkpoint_activations else "", 2.0**30
-    total_flops, days = flops / length * tokens, seconds / 86400
+    total_flops, days, gib = flops / length * tokens, seconds / 86400, 2.0**30
+    way = f"{how.strategy}, {precision}" + ", compiled" * how.compile + ", checkpointed" * how.checkpoint_activations
     shape = f"{cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.n_head} heads"
     return [
         f"{shape}, {length - cfg.n_image}+{cfg.n_image} positions, mask {cfg.mask}",
         f"parameters    {total / 1e6:12,.1f} M  (" + ", ".join(f"{k} {n / 1e6:,.1f}" for k, n in parts.items()) + ")",
-        f"a process of {how.processes} ({how.strategy}, {precision}, {sequences:g} sequences at a time{checkpointed})",
+        f"a process of {how.processes} ({way}, {sequences:g} sequences at a time)",
         *(f"  {k:17} {v / gib:9.2f} GiB" for k, v in memory.items()),
         f"  {'all of these':17} {sum(memory.values()) / gib:9.2f} GiB",
         f"a token       {flops / length / 1e9:12,.2f} GFLOP (forward and backward)",
