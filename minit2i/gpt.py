@@ -178,7 +178,7 @@ def head_loss(x, weight, target, fp32, **how):
     """Cross-entropy of an output layer: hidden states (B, S, D), weight (V, D), target (B, S) -> (), see cross_entropy.
 
     parallel.py compiles it: then the logits, the largest tensor of a training step, are kept once and in the product's
-    precision; eager, cross-entropy keeps two float32 copies.
+    precision; eager, they become float32 log-probabilities, to which the backward pass adds two gradients.
     """
     return cross_entropy(output_layer(x, weight, fp32), target, **how)
 

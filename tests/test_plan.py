@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -154,6 +155,8 @@ def test_a_plan_says_what_a_process_holds():
 
 PEAK = """
 import json, torch
+from functools import partial
+from minit2i.experiments.bench import peak_memory
 from minit2i.gpt import build_prior
 from minit2i.train import EMA, TrainConfig, make_optimizer
 def steps(settings, *sizes):
@@ -164,19 +167,19 @@ def steps(settings, *sizes):
         sum(model.loss({"text": text, "codes": codes}).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
-peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))  # kB
 small, *others = json.loads(input())
 torch.set_num_threads(1)
 steps(small, 1)
-before = peak()
 for settings in others:
-    steps(settings, 1, 6)  # the first makes the optimizer's moments
-    print((peak() - before) * 1024)
+    print(peak_memory(partial(steps, settings, 1, 6), torch.device("cpu")))  # the first makes the optimizer's moments
 """
 
 
+needs_linux = pytest.mark.skipif(not os.access(bench.CLEAR_REFS, os.W_OK), reason="/proc says what a process took")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process took")
+@needs_linux
 def test_a_plan_is_near_the_peak_of_a_training():
     """Within 20 % in float32 on a CPU: of a prior whose logits take most of it, and of a larger one whose blocks do."""
     settings = SMALL | dict(n_embd=96, n_head=3, text_len=16, n_vocab=512, n_codes=256, grid_h=16, grid_w=16)
@@ -262,3 +265,41 @@ def test_the_bench_times_what_it_names():
     bench.weights_alone(model, 2)
     times = bench.medians({"a": lambda: None}, device, 3)
     assert 0 <= times["a"] < 1
+
+
+def freed_then_100_mb():
+    """The peak memory of 100 MB, after 300 MB that were freed."""
+    torch.ones(75_000_000)
+    return bench.peak_memory(partial(torch.ones, 25_000_000), torch.device("cpu"))
+
+
+@needs_linux
+def test_the_bench_measures_peaks_that_are_freed():
+    """In its own process, and not hidden by a higher peak before."""
+    assert bench.in_own_process(freed_then_100_mb) == pytest.approx(100e6, rel=0.2)
+
+
+@needs_linux
+def test_the_bench_measures_the_memory_that_it_names(monkeypatch, capsys):
+    """Every row, of 4 codes: weights and plan are the model's own."""
+    monkeypatch.setattr(bench, "in_own_process", lambda f, *args: f(*args))
+    how = bench.BenchConfig(memory=True, text_len=4, grid=2)
+    bench.memory_table(how, torch.device("cpu"), "fp32")
+    head, *lines = capsys.readouterr().out.splitlines()
+    rows = {line[:28].strip(): [int(n) for n in line[28:].split()] for line in lines}
+    assert head.split() == ["MB", "peak", "weights", "plan.py"] and len(rows) == 14
+    weights = 4 * sum(parameters(how.prior).values()) / 1e6
+    for name, (_, of_it, *planned_) in rows.items():
+        assert len(planned_) == name.startswith("train prior"), name
+        if name.startswith(("train prior", "sample")):
+            assert of_it == round(weights)
+    plan_ = memory_by_part(how.prior, PlanConfig(batch_size=4, ema=0.0), "fp32")
+    assert rows["train prior, batch 4"][2] == round(sum(plan_.values()) / 1e6)
+    assert rows["ema, 65536 codes"][1] == 17 and rows["st, 65536 codes"][1] == 9  # a table of 65,536 x 32 more
+
+
+def test_memory_that_the_bench_cannot_measure():
+    with pytest.raises(ValueError, match="no peak memory of mps on"):
+        bench.peak_memory(lambda: None, torch.device("mps"))
+    with pytest.raises(ValueError, match="--masks and --memory are two tables"):
+        bench.BenchConfig(masks=True, memory=True)

@@ -2,15 +2,25 @@
 
     python -m minit2i.experiments.bench
     python -m minit2i.experiments.bench --masks --text_len 64 --grid 32 --batch 4     # every mask beside causal
+    python -m minit2i.experiments.bench --memory --text_len 64 --grid 32              # peak memory, 512x512 pixels
 
 Every figure is the median of several rounds in which all measurements take turns, so that a change of the machine's
 speed affects all alike.  FLOPs are those of the model's matrix products: 2 per weight and position forward, twice that
 backward, attention over the pairs that the mask shows.
+
+Memory is the peak of a process of its own, weights included, beyond what it held after the same work on a tiny image.
 """
 
+import gc
+import os
 import statistics
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -19,14 +29,15 @@ from tqdm import tqdm
 
 from minit2i.attention import MASKS, attend
 from minit2i.config import Settings, at_least, merge, pick
-from minit2i.experiments.plan import training_flops
+from minit2i.experiments.plan import PlanConfig, memory_by_part, training_flops
 from minit2i.flags import add_flags, new_parser
 from minit2i.gpt import GPT, Cache, GPTConfig, build_prior
 from minit2i.parallel import compile_blocks
 from minit2i.sample import SampleConfig, Sampler
 from minit2i.train import DTYPES, autocast, pick_device, pick_precision, run
-from minit2i.vq import VQ, VQConfig
+from minit2i.vq import VQ, VQConfig, build_vq
 
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux
 PRIOR = GPTConfig(text_len=32, n_vocab=2048, n_codes=1024, grid_h=16, grid_w=16)
 
 
@@ -40,8 +51,19 @@ class BenchConfig(Settings):
     precision: Annotated[str, "of training", ("auto", *DTYPES)] = "auto"
     compile: Annotated[bool, "compile the prior"] = False
     masks: Annotated[bool, "compare the attention masks instead"] = False
-    text_len: Annotated[int, "text positions of --masks", at_least(3)] = 32
-    grid: Annotated[int, "rows and columns of codes of --masks", at_least(1)] = 16
+    memory: Annotated[bool, "measure the peak memory instead"] = False
+    text_len: Annotated[int, "text positions of --masks and --memory", at_least(3)] = 32
+    grid: Annotated[int, "rows and columns of codes of both; --memory: of 16 pixels each", at_least(1)] = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.masks and self.memory:
+            raise ValueError("--masks and --memory are two tables; use one of them at a time")
+
+    @property
+    def prior(self):
+        """GPTConfig of the default prior with this text_len and grid."""
+        return replace(PRIOR, text_len=self.text_len, grid_h=self.grid, grid_w=self.grid)
 
 
 def seconds(f, device):
@@ -121,12 +143,97 @@ def weights_alone(model, rows):
             F.linear(x, w)
 
 
-# --- the two tables --------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+def peak_memory(f, device):
+    """Most bytes in use while f() runs, beyond those in use before it.
+
+    On a GPU of torch's tensors, on a Linux CPU of the process (resident memory).  ValueError elsewhere.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated() - before
+    if device.type != "cpu" or not os.access(CLEAR_REFS, os.W_OK):
+        raise ValueError(
+            f"no peak memory of {device.type} on {sys.platform}; use --device cuda, or --device cpu on Linux"
+        )
+
+    def status(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    CLEAR_REFS.write_text("5")  # sets the peak, VmHWM, to what is resident now
+    before = status("VmRSS")
+    f()
+    return status("VmHWM") - before
+
+
+def in_own_process(f, *args):
+    """f(*args) in a new process, in which glibc returns freed blocks to the system: none hides in the next peak."""
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # bytes; read when a process starts
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(f, *args).result()
+
+
+def memory_work(how, device, precision):
+    """{name: function that builds a model, lets it work and returns it}, for images of 16 * how.grid pixels a side."""
+
+    def images(n, side):
+        return torch.rand(n, 3, side, side, device=device) * 2 - 1
+
+    def train_vq(n, pixels=16, **settings):
+        """pixels: of a side of an image, for each of how.grid."""
+        model = build_vq(settings).to(device)
+        step = vq_step(model, images(n, pixels * how.grid), device, precision)
+        step(), step()  # the first makes the optimizer's moments
+        return model
+
+    def train_prior(n):
+        model = GPT(how.prior).to(device)
+        step = prior_step(model, n, device, precision, how.compile)
+        step(), step()
+        return model
+
+    def code(way, tile):
+        model, side = VQ(VQConfig()).to(device), 16 * how.grid
+        codes = torch.zeros(1, *model.grid(side, side), dtype=torch.long, device=device)
+        getattr(model, way)(images(1, side) if way == "encode" else codes, tile)
+        return model
+
+    def sample():
+        model = GPT(how.prior).to(device).eval().requires_grad_(False)
+        sampling(model, torch.zeros(1, how.text_len, dtype=torch.long, device=device), 1)()
+        return model
+
+    work = {f"train tokenizer, batch {n}": partial(train_vq, n) for n in (1, 2)}
+    work["train tokenizer, stride 16"] = partial(train_vq, 1, stride=16)
+    for way in ("encode", "decode"):
+        work |= {way: partial(code, way, 0), f"{way} in tiles": partial(code, way, how.grid)}
+    work |= {f"train prior, batch {n}": partial(train_prior, n) for n in (1, 4)}
+    work["sample, guided"] = sample
+    for name, n in {"ema": 2**16, "st": 2**16, "fsq": 2**16, "gumbel": 2**14}.items():  # a tiny net around them
+        work[f"{name}, {n} codes"] = partial(train_vq, 1, 4, ch=4, n_res=1, quantizer=name, n_codes=n)
+    return work
+
+
+def measure(name, how, device, precision):
+    """Do one of memory_work -> bytes of its peak, and of them the model's parameters and buffers."""
+    memory_work(replace(how, text_len=3, grid=2), device, precision)[name]()  # loads the libraries' code
+    gc.collect()
+    work, models = memory_work(how, device, precision)[name], []
+    peak = peak_memory(lambda: models.append(work()), device)
+    return peak, sum(w.nbytes for w in (*models[0].parameters(), *models[0].buffers()))
+
+
+# --- the three tables ------------------------------------------------------------------------------------
 
 
 def mask_table(how, device, precision):
     """Each mask beside causal: one layer's attention forward and backward, a training step, 32 guided codes."""
-    cfg, dtype = replace(PRIOR, text_len=how.text_len, grid_h=how.grid, grid_w=how.grid), DTYPES[precision]
+    cfg, dtype = how.prior, DTYPES[precision]
     work, shape = {}, (how.batch, cfg.n_head, cfg.text_len + cfg.n_image, cfg.n_embd // cfg.n_head)
     names = [*(name for name in MASKS if name != "bidirectional"), "dalle"]
     for name in names:
@@ -153,6 +260,17 @@ def mask_table(how, device, precision):
         cells = [(t.get((name, kind)), t["causal", kind]) for kind in kinds]
         cells = ["" if x is None else f"{1000 * x:.1f} ms, {causal / x:.2f} x" for x, causal in cells]
         print(f"{name:8}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+def memory_table(how, device, precision):
+    """Peak memory of each of memory_work, and of a prior's training what plan.py says (without averaged weights)."""
+    print(f"{'MB':28}{'peak':>8}{'weights':>9}{'plan.py':>9}")
+    for name in memory_work(how, device, precision):
+        figures = in_own_process(measure, name, how, device, precision)
+        if name.startswith("train prior"):
+            plan = PlanConfig(batch_size=int(name.split()[-1]), ema=0.0, compile=how.compile)
+            figures += (sum(memory_by_part(how.prior, plan, precision).values()),)
+        print(f"{name:28}" + "".join(f"{n / 1e6:{w}.0f}" for n, w in zip(figures, (8, 9, 9))), flush=True)
 
 
 def speed_table(how, device, precision):
@@ -197,12 +315,13 @@ def main():
     how = pick(BenchConfig, parser.parse_args())
     device = pick_device(how.device)
     precision = pick_precision(how.precision, device)
-    cfg = replace(PRIOR, text_len=how.text_len, grid_h=how.grid, grid_w=how.grid) if how.masks else PRIOR
+    cfg = how.prior if how.masks or how.memory else PRIOR
+    batch = "" if how.memory else f", batch {how.batch}"
     print(
-        f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}, batch {how.batch}; "
+        f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}{batch}; "
         f"prior {cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.text_len}+{cfg.n_image} positions"
     )
-    (mask_table if how.masks else speed_table)(how, device, precision)
+    (mask_table if how.masks else memory_table if how.memory else speed_table)(how, device, precision)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,10 @@ CLAIMS = {
         ("encoder 1, decoder 4", "--condition encoder --n_encoder 1 --n_layer 4"), ("decoder 6", "--n_layer 6"),
         "val_image_loss", -1,
     ),
+    "code-samples": Claim(
+        "Codes sampled from the tokenizer's distribution regularise a prior (DALL-E, sec. 2.2 footnote)",
+        SMALL_SET, ("sampled", "--code_samples 16 --code_temperature 0.05"), ("likeliest", ""), "seen", 1,
+    ),
     "bpe-dropout": Claim(
         "BPE dropout helps (DALL-E, sec. 2.2)",
         SMALL_SET, ("0.1", "--bpe_dropout 0.1"), ("0", "--bpe_dropout 0"), "held_out", 1,

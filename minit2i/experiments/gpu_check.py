@@ -264,15 +264,27 @@ def sampling_same(m):
         yield f"sampling {mask}, the same codes", eager.equal(compiled) and eager.equal(again), figures
 
 
-@check(75)
+SMALL, LARGE = dict(n_layer=12, n_head=12, n_embd=768), dict(n_layer=24, n_head=16, n_embd=2048)
+
+
+@check(100)
 def sampling_speed(m):
-    """Codes/s of a 124 M prior in bf16 without guidance, and its share of the memory bandwidth."""
-    settings = m.prior(32, 32, n_layer=12, n_head=12, n_embd=768) | {"n_codes": 512 if m.tiny else 8192}
-    for how, batch, share in (("compiled", 1, 1.0), ("eager, last quarter", 1, 0.25), ("compiled", 16, 1.0)):
+    """Codes/s of priors in bf16 without guidance, and their share of the memory bandwidth."""
+    for name, shape, how, batch, share in (
+        ("124 M", SMALL, "compiled", 1, 1.0),
+        ("124 M", SMALL, "eager, last quarter", 1, 0.25),
+        ("124 M", SMALL, "compiled", 16, 1.0),
+        ("1.3 B", LARGE, "compiled", 1, 1.0),
+    ):
         m.free()
         torch.manual_seed(0)
         with m.device:
-            model = build_prior(settings).to(m.device, torch.bfloat16).eval().requires_grad_(False)
+            model = (
+                build_prior(m.prior(32, 32, **shape) | {"n_codes": 512 if m.tiny else 8192})
+                .to(m.device, torch.bfloat16)
+                .eval()
+                .requires_grad_(False)
+            )
         read = 2 * (n_params(model.blocks) + model.image_head.weight.numel())  # bytes per code
         torch._dynamo.utils.counters.clear()
         if how == "compiled":
@@ -280,7 +292,7 @@ def sampling_speed(m):
         n, s = share * model.cfg.n_image, m.seconds(functools.partial(sampled, model, batch, 1.0, share), 2, warm=1)
         figures = f"{batch * n / s:,.0f} codes/s; weights read at {read * n / s / (m.bandwidth or 1e12):.1%} of the "
         figures += f"bandwidth, CUDA graphs skipped {graph_skips()}"
-        yield f"sampling 124 M, {how}, batch {batch}", how != "compiled" or not (m.cuda and graph_skips()), figures
+        yield f"sampling {name}, {how}, batch {batch}", how != "compiled" or not (m.cuda and graph_skips()), figures
 
 
 # --- training steps --------------------------------------------------------------------------------------
@@ -289,13 +301,12 @@ def sampling_speed(m):
 @check(130)
 def mfu(m):
     """Model FLOPs utilisation of whole training steps of 1,088 positions, and memory; float16 with CogView's tricks."""
-    small, large = dict(n_layer=12, n_head=12, n_embd=768), dict(n_layer=24, n_head=16, n_embd=2048)
     for name, shape, batch, kind, compiled in (
-        ("124 M", small, 32, "bf16", True),
-        ("1.3 B", large, 12, "bf16", True),
-        ("124 M", small, 32, "fp16", True),
-        ("1.3 B", large, 12, "fp16", True),
-        ("124 M", small, 32, "bf16", False),
+        ("124 M", SMALL, 32, "bf16", True),
+        ("1.3 B", LARGE, 12, "bf16", True),
+        ("124 M", SMALL, 32, "fp16", True),
+        ("1.3 B", LARGE, 12, "fp16", True),
+        ("124 M", SMALL, 32, "bf16", False),
     ):
         m.free()
         set_up(m.device)
@@ -322,7 +333,7 @@ def utilisation(m, shape, batch, kind, compiled):
     )
 
 
-@check(40)
+@check(70)
 def tokenizers(m):
     """Images/s of training steps at 128 pixels, stride 8, also channels_last."""
     size, batch = (32, 2) if m.tiny else (128, 32)
