@@ -62,6 +62,10 @@ def test_the_encoder_reads_the_whole_caption(pos):
         assert (grad.abs().sum(2) > 0).all()
     other = encoder(x.flip(1)).flip(1)
     assert not torch.allclose(other, encoder(x))  # positions matter
+    longer = build(condition="encoder", pos=pos, text_len=6, **GPT2).double().conditions["encoder"].encoder
+    longer.load_state_dict(encoder.state_dict())
+    later = longer(torch.cat([x[:, :1], x], 1), seen=torch.arange(6)[None] > 0)[:, 1:]
+    assert torch.allclose(later, encoder(x)), "positions are relative"
     assert len(encoder.blocks) == 2 and encoder.blocks[0].cross is None and model.blocks[0].cross is not None
 
 

@@ -17,7 +17,8 @@ What it adds
                 guidance that rises over the steps, negative prompts           sample.py:SCHEDULES, --negative
 
 What differs here
-    The recipe trains a text encoder of its own; --condition t5 reads the captions with a T5 folder, as the paper does.
+    The recipe trains a text encoder of its own, whose positions are relative (rotary), as T5's are; --condition t5 reads
+    the captions with a T5 folder, as the paper does.
     Pads are hidden from attention, as T5 hides them; the paper does not say.
     Super-resolution is from the same image size unless --coarse_shrink 2 (Muse: 256 to 512 pixels).  That 2 blocks read
     the coarse codes, and one begin token stands before the codes, is our choice.
@@ -488,7 +489,7 @@ class CoarseCodes(Condition):
             )
         self.memory_length = (cfg.grid_h // cfg.coarse_ratio) * (cfg.grid_w // cfg.coarse_ratio)
         self.embedding = nn.Embedding(cfg.coarse_n_codes, cfg.n_embd)
-        self.encoder = Encoder(replace(cfg, pos="learned"), cfg.n_coarse, self.memory_length)
+        self.encoder = Encoder(cfg, cfg.n_coarse, self.memory_length, "learned")
 
     @classmethod
     def settle(cls, cfg):

@@ -16,7 +16,8 @@ What differs here
     The papers name StyleGAN without a version or settings: this is StyleGAN2's discriminator, loss and optimizer, with
     R1's weight of 10.  It starts late and is ramped up, and the perceptual loss is Taming's (no LPIPS weights).
     WDSR starts as bicubic interpolation; 25 blocks for its x4 are our guess from the number of parameters.
-    Pads of the caption are learned vectors that attention sees (--pads hidden hides them); the paper does not say.
+    Pads of the caption are learned vectors that attention sees (--pads hidden hides them), and the text encoder's
+    positions are rotary; the paper says neither.
     Words are hidden in the captions themselves, with the contrast in one training; Parti's BERT reads other text (C4).
     The image tower reads codes, not pixels; features are means over positions.
     AdamW replaces Adafactor, with the same beta2 and weight decay; learning rates fall along a cosine.
@@ -371,17 +372,20 @@ class EncoderConfig(Settings):
 
 class Encoder(nn.Module):
     """A bidirectional transformer: embeddings (B, T, D), seen (B, T) False at hidden pads -> states (B, T, D),
-    normalised."""
+    normalised.
 
-    def __init__(self, cfg, n_layer, length):
+    pos: "learned" for codes, "sequence" (rotary) for text: with learned positions a word's state hardly depended on its
+    place, and relations of objects were guessed (experiments/README.md, text-positions).
+    """
+
+    def __init__(self, cfg, n_layer, length, pos):
         super().__init__()
+        cfg, self.learned = replace(cfg, pos=pos), pos == "learned"
         self.mask = AttentionMask("bidirectional", Layout(0, 1, length))
-        self.learned = cfg.pos in ("learned", "index")
         if self.learned:
             self.pos = nn.Parameter(torch.empty(length, cfg.n_embd))
-        else:  # on the diagonal before the grid's corner, as text in a decoder
-            at = torch.arange(-length, 0).float()[:, None].expand(-1, 2)
-            for name, table in zip(("cos", "sin"), rotary_tables(cfg, at)):
+        else:
+            for name, table in zip(("cos", "sin"), rotary_tables(cfg, torch.arange(length))):
                 self.register_buffer(name, table, persistent=False)
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(n_layer))
@@ -410,7 +414,7 @@ class TextEncoder(Condition):
         if cfg.pos == "learned":
             self.pos = nn.Parameter(torch.empty(1, cfg.n_embd))
         self.begin = nn.Parameter(torch.empty(1, 1, cfg.n_embd))
-        self.encoder = Encoder(cfg, cfg.n_encoder, cfg.text_len)
+        self.encoder = Encoder(cfg, cfg.n_encoder, cfg.text_len, "sequence")
 
     def prefix(self, batch, embed):
         return self.begin.expand(len(batch["text"]), 1, -1)
@@ -486,8 +490,8 @@ class Towers(Prior):
         super().__init__()
         self.cfg, self.layout = cfg, Layout(cfg.text_len, cfg.grid_h, cfg.grid_w)
         self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes + 1, cfg.n_embd)
-        self.encoder = Encoder(cfg, cfg.n_encoder, cfg.text_len)
-        self.image_encoder = Encoder(replace(cfg, pos="learned"), cfg.n_layer, cfg.n_image)
+        self.encoder = Encoder(cfg, cfg.n_encoder, cfg.text_len, "sequence")
+        self.image_encoder = Encoder(cfg, cfg.n_layer, cfg.n_image, "learned")
         self.text_head = Head(cfg, cfg.n_vocab)
         self.text_out, self.image_out = Linear(cfg.n_embd, cfg.n_embd), Linear(cfg.n_embd, cfg.n_embd)
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # CLIP sec. 2.5
