@@ -346,7 +346,7 @@ def rotary_tables(cfg, coordinates):
     """cos, sin (L, K/2) of the angles by which each pair of a head turns.  RoPE, arXiv:2104.09864.
 
     coordinates (L, 2): the row and column of each position, each turning half of the frequencies; with pos "sequence"
-    the position in the sequence turns all of them.
+    the position in the sequence turns all of them, and only L counts.
     """
     head = cfg.n_embd // cfg.n_head
     if cfg.pos == "sequence":

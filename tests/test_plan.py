@@ -301,5 +301,5 @@ def test_the_bench_measures_the_memory_that_it_names(monkeypatch, capsys):
 def test_memory_that_the_bench_cannot_measure():
     with pytest.raises(ValueError, match="no peak memory of mps on"):
         bench.peak_memory(lambda: None, torch.device("mps"))
-    with pytest.raises(ValueError, match="--masks and --memory are two tables"):
+    with pytest.raises(ValueError, match="--masks and --memory exclude each other"):
         bench.BenchConfig(masks=True, memory=True)

@@ -1,10 +1,11 @@
-"""How fast this machine trains and samples, beside a plain matrix product measured in the same run.
+"""How fast this machine trains and samples, beside a plain matrix product measured in the same run; how much memory
+it takes.
 
     python -m minit2i.experiments.bench
     python -m minit2i.experiments.bench --masks --text_len 64 --grid 32 --batch 4     # every mask beside causal
     python -m minit2i.experiments.bench --memory --text_len 64 --grid 32              # peak memory, 512x512 pixels
 
-Every figure is the median of several rounds in which all measurements take turns, so that a change of the machine's
+Every time is the median of several rounds in which all measurements take turns, so that a change of the machine's
 speed affects all alike.  FLOPs are those of the model's matrix products: 2 per weight and position forward, twice that
 backward, attention over the pairs that the mask shows.
 
@@ -45,20 +46,20 @@ PRIOR = GPTConfig(text_len=32, n_vocab=2048, n_codes=1024, grid_h=16, grid_w=16)
 class BenchConfig(Settings):
     """What to measure."""
 
-    rounds: Annotated[int, "how often each is measured", at_least(1)] = 5
+    rounds: Annotated[int, "how often each time is measured", at_least(1)] = 5
     batch: Annotated[int, "images of a training step", at_least(1)] = 16
     device: Annotated[str, "auto, cpu, cuda, mps"] = "auto"
     precision: Annotated[str, "of training", ("auto", *DTYPES)] = "auto"
     compile: Annotated[bool, "compile the prior"] = False
     masks: Annotated[bool, "compare the attention masks instead"] = False
     memory: Annotated[bool, "measure the peak memory instead"] = False
-    text_len: Annotated[int, "text positions of --masks and --memory", at_least(3)] = 32
-    grid: Annotated[int, "rows and columns of codes of both; --memory: of 16 pixels each", at_least(1)] = 16
+    text_len: Annotated[int, "text positions", at_least(3)] = 32
+    grid: Annotated[int, "rows and columns of codes; --memory: of 16 pixels each", at_least(1)] = 16
 
     def __post_init__(self):
         super().__post_init__()
         if self.masks and self.memory:
-            raise ValueError("--masks and --memory are two tables; use one of them at a time")
+            raise ValueError("--masks and --memory exclude each other; use one")
 
     @property
     def prior(self):
@@ -149,7 +150,7 @@ def weights_alone(model, rows):
 def peak_memory(f, device):
     """Most bytes in use while f() runs, beyond those in use before it.
 
-    On a GPU of torch's tensors, on a Linux CPU of the process (resident memory).  ValueError elsewhere.
+    CUDA: of torch's tensors; a CPU under Linux: resident memory of the process.  ValueError elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -172,7 +173,7 @@ def peak_memory(f, device):
 
 
 def in_own_process(f, *args):
-    """f(*args) in a new process, in which glibc returns freed blocks to the system: none hides in the next peak."""
+    """f(*args) in a new process, in which glibc returns freed blocks to the system: reused ones would hide in a peak."""
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # bytes; read when a process starts
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(f, *args).result()
@@ -185,7 +186,7 @@ def memory_work(how, device, precision):
         return torch.rand(n, 3, side, side, device=device) * 2 - 1
 
     def train_vq(n, pixels=16, **settings):
-        """pixels: of a side of an image, for each of how.grid."""
+        """pixels: side of an image for each row of how.grid."""
         model = build_vq(settings).to(device)
         step = vq_step(model, images(n, pixels * how.grid), device, precision)
         step(), step()  # the first makes the optimizer's moments
@@ -220,7 +221,7 @@ def memory_work(how, device, precision):
 
 
 def measure(name, how, device, precision):
-    """Do one of memory_work -> bytes of its peak, and of them the model's parameters and buffers."""
+    """Do one of memory_work -> bytes of its peak, and of the model's parameters and buffers."""
     memory_work(replace(how, text_len=3, grid=2), device, precision)[name]()  # loads the libraries' code
     gc.collect()
     work, models = memory_work(how, device, precision)[name], []
@@ -277,12 +278,13 @@ def speed_table(how, device, precision):
     """Training and sampling of the default prior and tokenizer."""
     n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[precision]) for _ in range(2))
-    prior, vq = GPT(PRIOR).to(device), VQ(VQConfig()).to(device)
-    causal = GPT(PRIOR).to(device).eval().requires_grad_(False)
+    cfg = how.prior
+    prior, vq = GPT(cfg).to(device), VQ(VQConfig()).to(device)
+    causal = GPT(cfg).to(device).eval().requires_grad_(False)
     if how.compile:
         causal.compile_step()
-    masked = build_prior(asdict(PRIOR) | {"model": "masked"}).to(device).eval().requires_grad_(False)
-    text = torch.randint(0, PRIOR.n_vocab, (1, PRIOR.text_len), device=device)
+    masked = build_prior(asdict(cfg) | {"model": "masked"}).to(device).eval().requires_grad_(False)
+    text = torch.randint(0, cfg.n_vocab, (1, cfg.text_len), device=device)
     images = torch.rand(32, 3, 64, 64, device=device) * 2 - 1
     work = {
         "matrix product": lambda: a @ b,
@@ -295,14 +297,14 @@ def speed_table(how, device, precision):
         work[f"weights, batch {k}"] = lambda k=k: weights_alone(causal, 2 * k)
         work[f"masked, batch {k}"] = sampling(masked, text, k, steps=12)
     t = medians(work, device, how.rounds)
-    peak, flops = 2 * n**3 / t["matrix product"], how.batch * training_flops(PRIOR)
+    peak, flops = 2 * n**3 / t["matrix product"], how.batch * training_flops(cfg)
     rate, share = how.batch * prior.layout.length / t["train prior"], flops / t["train prior"] / peak
     print(f"matrix product {n}^3     {peak / 1e12:8.2f} TFLOP/s")
     print(f"train prior, batch {how.batch:3}  {rate:8.0f} tokens/s, {share:.0%} of the matrix product")
     for k in (1, 16):
         own, floor, parallel = (t[f"{kind}, batch {k}"] / k for kind in ("sample", "weights", "masked"))
         print(
-            f"sample, batch {k:2} guided {own:8.3f} s/image of {PRIOR.n_image} codes (float32), "
+            f"sample, batch {k:2} guided {own:8.3f} s/image of {cfg.n_image} codes (float32), "
             f"{own / floor:.1f} x its weights' products alone; masked, 12 steps: {parallel:.3f} s/image"
         )
     print(f"train tokenizer        {32 / t['train tokenizer']:8.0f} images/s at 64x64, stride {vq.cfg.stride}")
@@ -315,7 +317,7 @@ def main():
     how = pick(BenchConfig, parser.parse_args())
     device = pick_device(how.device)
     precision = pick_precision(how.precision, device)
-    cfg = how.prior if how.masks or how.memory else PRIOR
+    cfg = how.prior
     batch = "" if how.memory else f", batch {how.batch}"
     print(
         f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}{batch}; "

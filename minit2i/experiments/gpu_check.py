@@ -271,20 +271,16 @@ SMALL, LARGE = dict(n_layer=12, n_head=12, n_embd=768), dict(n_layer=24, n_head=
 def sampling_speed(m):
     """Codes/s of priors in bf16 without guidance, and their share of the memory bandwidth."""
     for name, shape, how, batch, share in (
-        ("124 M", SMALL, "compiled", 1, 1.0),
-        ("124 M", SMALL, "eager, last quarter", 1, 0.25),
-        ("124 M", SMALL, "compiled", 16, 1.0),
-        ("1.3 B", LARGE, "compiled", 1, 1.0),
+        ("98 M", SMALL, "compiled", 1, 1.0),
+        ("98 M", SMALL, "eager, last quarter", 1, 0.25),
+        ("98 M", SMALL, "compiled", 16, 1.0),
+        ("1.2 B", LARGE, "compiled", 1, 1.0),
     ):
         m.free()
         torch.manual_seed(0)
         with m.device:
-            model = (
-                build_prior(m.prior(32, 32, **shape) | {"n_codes": 512 if m.tiny else 8192})
-                .to(m.device, torch.bfloat16)
-                .eval()
-                .requires_grad_(False)
-            )
+            model = build_prior(m.prior(32, 32, **shape) | {"n_codes": 512 if m.tiny else 8192})
+        model = model.to(m.device, torch.bfloat16).eval().requires_grad_(False)
         read = 2 * (n_params(model.blocks) + model.image_head.weight.numel())  # bytes per code
         torch._dynamo.utils.counters.clear()
         if how == "compiled":
@@ -302,11 +298,11 @@ def sampling_speed(m):
 def mfu(m):
     """Model FLOPs utilisation of whole training steps of 1,088 positions, and memory; float16 with CogView's tricks."""
     for name, shape, batch, kind, compiled in (
-        ("124 M", SMALL, 32, "bf16", True),
-        ("1.3 B", LARGE, 12, "bf16", True),
-        ("124 M", SMALL, 32, "fp16", True),
-        ("1.3 B", LARGE, 12, "fp16", True),
-        ("124 M", SMALL, 32, "bf16", False),
+        ("98 M", SMALL, 32, "bf16", True),
+        ("1.2 B", LARGE, 12, "bf16", True),
+        ("98 M", SMALL, 32, "fp16", True),
+        ("1.2 B", LARGE, 12, "fp16", True),
+        ("98 M", SMALL, 32, "bf16", False),
     ):
         m.free()
         set_up(m.device)

@@ -191,9 +191,9 @@ def plan(cfg, how, precision):
     """-> lines of text.  cfg: the prior's config with its vocabularies and grid; how: PlanConfig."""
     parts, memory, length = parameters(cfg), memory_by_part(cfg, how, precision), meta_prior(cfg).layout.length
     total, sequences = sum(parts.values()), how.batch_size / how.processes / how.accum
-    flops, tokens = training_flops(cfg), how.steps * how.batch_size * length
-    seconds = flops / length * tokens / (how.processes * how.peak_tflops * 1e12 * how.mfu)
-    total_flops, days, gib = flops / length * tokens, seconds / 86400, 2.0**30
+    flops, tokens, gib = training_flops(cfg), how.steps * how.batch_size * length, 2.0**30
+    total_flops = flops / length * tokens
+    days = total_flops / (how.processes * how.peak_tflops * 1e12 * how.mfu) / 86400
     way = f"{how.strategy}, {precision}" + ", compiled" * how.compile + ", checkpointed" * how.checkpoint_activations
     shape = f"{cfg.n_layer} layers, {cfg.n_embd} wide, {cfg.n_head} heads"
     return [

@@ -64,7 +64,7 @@ class GumbelSTQuantizer(STQuantizer):
     In training the decoder gets the row of the chosen code, with the gradient of the Gumbel-softmax mixture that it
     replaces (straight through), for the encoder and the codebook; without noise the nearest code is chosen.  The
     temperature sharpens the gradient only.  The release squares the distances.  The mixture takes tables of latents
-    times codes: training holds 28 bytes for each pair (measured).
+    times codes, as DALL-E's does.
     Deviations: a factor, set at the start, gives the distances variance 1, as DALL-E's logits have here; without it
     they grow until no gradient is left (measured).  The commitment loss keeps the latents near the codes, where dead
     codes can restart; --beta 0 leaves it out.

@@ -38,7 +38,7 @@ Commands
     python sample.py --model out/muse --prompt "a red circle" --enlarge out/muse-larger
     python sample.py --model out/muse --prompt "a red circle" --steps 12 --image photo.png --inpaint_mask hole.png
 
-results: minit2i/experiments/README.md, "priors", "masked-steps", "masked-guidance", "cascade"
+results: minit2i/experiments/README.md, "priors", "text-positions", "masked-steps", "masked-guidance", "cascade"
 """
 
 import hashlib
@@ -489,7 +489,7 @@ class CoarseCodes(Condition):
             )
         self.memory_length = (cfg.grid_h // cfg.coarse_ratio) * (cfg.grid_w // cfg.coarse_ratio)
         self.embedding = nn.Embedding(cfg.coarse_n_codes, cfg.n_embd)
-        self.encoder = Encoder(cfg, cfg.n_coarse, self.memory_length, "learned")
+        self.encoder = Encoder(cfg, cfg.n_coarse, self.memory_length, learned=True)
 
     @classmethod
     def settle(cls, cfg):

@@ -33,7 +33,7 @@ Commands
         --vq out/parti-vq --out out/parti                              without --init: from scratch
     python sample.py --model out/parti --vq out/x2 --prompt "a red circle" --best_of 16 --judge out/towers
 
-results: minit2i/experiments/README.md, "priors", "decoders", "adversarial", "rerank"
+results: minit2i/experiments/README.md, "priors", "text-positions", "encoder", "decoders", "adversarial"
 """
 
 import math
@@ -374,18 +374,18 @@ class Encoder(nn.Module):
     """A bidirectional transformer: embeddings (B, T, D), seen (B, T) False at hidden pads -> states (B, T, D),
     normalised.
 
-    pos: "learned" for codes, "sequence" (rotary) for text: with learned positions a word's state hardly depended on its
-    place, and relations of objects were guessed (experiments/README.md, text-positions).
+    learned: positions are a learned table, for codes; else rotary along the sequence, for text, as learned ones barely
+    told the order of words (experiments/README.md, text-positions).
     """
 
-    def __init__(self, cfg, n_layer, length, pos):
+    def __init__(self, cfg, n_layer, length, learned):
         super().__init__()
-        cfg, self.learned = replace(cfg, pos=pos), pos == "learned"
+        self.learned = learned
         self.mask = AttentionMask("bidirectional", Layout(0, 1, length))
         if self.learned:
             self.pos = nn.Parameter(torch.empty(length, cfg.n_embd))
         else:
-            for name, table in zip(("cos", "sin"), rotary_tables(cfg, torch.arange(length))):
+            for name, table in zip(("cos", "sin"), rotary_tables(replace(cfg, pos="sequence"), torch.arange(length))):
                 self.register_buffer(name, table, persistent=False)
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(n_layer))
@@ -414,7 +414,7 @@ class TextEncoder(Condition):
         if cfg.pos == "learned":
             self.pos = nn.Parameter(torch.empty(1, cfg.n_embd))
         self.begin = nn.Parameter(torch.empty(1, 1, cfg.n_embd))
-        self.encoder = Encoder(cfg, cfg.n_encoder, cfg.text_len, "sequence")
+        self.encoder = Encoder(cfg, cfg.n_encoder, cfg.text_len, learned=False)
 
     def prefix(self, batch, embed):
         return self.begin.expand(len(batch["text"]), 1, -1)
@@ -490,8 +490,8 @@ class Towers(Prior):
         super().__init__()
         self.cfg, self.layout = cfg, Layout(cfg.text_len, cfg.grid_h, cfg.grid_w)
         self.embedding = nn.Embedding(cfg.n_vocab + cfg.text_len + cfg.n_codes + 1, cfg.n_embd)
-        self.encoder = Encoder(cfg, cfg.n_encoder, cfg.text_len, "sequence")
-        self.image_encoder = Encoder(cfg, cfg.n_layer, cfg.n_image, "learned")
+        self.encoder = Encoder(cfg, cfg.n_encoder, cfg.text_len, learned=False)
+        self.image_encoder = Encoder(cfg, cfg.n_layer, cfg.n_image, learned=True)
         self.text_head = Head(cfg, cfg.n_vocab)
         self.text_out, self.image_out = Linear(cfg.n_embd, cfg.n_embd), Linear(cfg.n_embd, cfg.n_embd)
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # CLIP sec. 2.5
