@@ -92,9 +92,9 @@ def test_priors_of_the_recipes():
 SIZES_OF_PAPERS = {  # billions of parameters, heads and embeddings included
     "dalle-12b": 12.2905,
     "cogview-4b": 3.9278,
-    "parti-350m": 0.3859,
-    "parti-3b": 3.0874,
-    "parti-20b": 20.5369,
+    "parti-350m": 0.3858,
+    "parti-3b": 3.0872,
+    "parti-20b": 20.5364,
 }
 
 
