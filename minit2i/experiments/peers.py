@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from minit2i.config import Settings, at_least, merge, pick
-from minit2i.experiments.bench import PRIOR, prior_step, random_batch, weights_alone
+from minit2i.experiments.bench import PRIOR, peak_memory, prior_step, random_batch, weights_alone
 from minit2i.experiments.plan import training_flops
 from minit2i.flags import add_flags, new_parser
 from minit2i.gpt import MODELS, build_prior, swiglu_inner
@@ -145,17 +145,11 @@ def quantizers(n_codes, n):
 
 def memory(name, n_codes=8192, n=16 * 1024):
     """Print the peak memory of one training step of a quantizer in MB (Linux)."""
-
-    def status(key):
-        return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
     if name == "ours":
         keep_memory()  # as our scripts
     f = quantizers(n_codes, n)[name]
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status("VmRSS")
-    f(True)
-    print(f"{n_codes} codes, training step, {name}: {status('VmHWM') - before:.0f} MB at the peak", flush=True)
+    peak = peak_memory(lambda: f(True), torch.device("cpu"))
+    print(f"{n_codes} codes, training step, {name}: {peak / 2**20:.0f} MB at the peak", flush=True)
 
 
 def dvaes(rounds, n=16, size=64, n_codes=1024):

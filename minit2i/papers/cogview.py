@@ -437,7 +437,7 @@ def centre_continuous(grid, window, step=1):
     """Window plan for priors that sample in raster order: windows (h, w) that overlap by half, the central ones of each
     row first.
 
-    -> [(top, left, rows)]: the first `rows` rows of a window are sampled, given what stands above and to the left.  Its
+    -> [(top, left, rows)]: the first `rows` rows of a window are sampled, given the codes above and to the left.  Its
     last `step` rows, which one row of coarse codes covers, are left to the windows below; of the corner only the rows
     that the next window reads are sampled.  The top and the bottom row of windows go from left to right, as the corner
     must come first at the top.

@@ -135,8 +135,9 @@ class DVAEDecoder(nn.Sequential):
         layers = [nn.Conv2d(width, last, 1)]
         for i, w in enumerate(ws[::-1]):
             layers += [nn.Identity()] if i else []  # counts in the parameters' names; the next block upsamples
-            ups = [i > 0] + [False] * (cfg.n_res - 1)
-            layers += [Bottleneck(w if k else last, w, gain, (1, 3, 3, 3), up) for k, up in enumerate(ups)]
+            layers += [
+                Bottleneck(w if k else last, w, gain, (1, 3, 3, 3), up=i > 0 and k == 0) for k in range(cfg.n_res)
+            ]
             last = w
         super().__init__(*layers, nn.ReLU(), nn.Conv2d(last, cfg.maps, 1))
         self.apply(init_unit_gain)
