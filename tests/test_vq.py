@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minit2i.collectives import gather_objects
-from minit2i.papers.dalle import logit_laplace
+from minit2i.papers.dalle import gumbel_softmax, logit_laplace
 from minit2i.papers.lm import SpatialNorm
 from minit2i.papers.parti import WDSR, ViTBlock
 from minit2i.papers.taming import Norm, SelfAttention
@@ -145,6 +145,16 @@ def test_gumbel_loss_and_schedules():
         for step in (0, 200)
     ]
     assert distance[1] < 0.3 * distance[0], "a low temperature takes nearly one code"
+
+
+def test_gumbel_softmax_samples_each_code_as_often_as_the_softmax_says():
+    """At temperature 1 and 0.05: the largest share is code k with probability softmax(logits)_k."""
+    logits, n = torch.tensor([2.0, 1.0, 0.0, -3.0, -30.0]), 20_000
+    for tau in (1.0, 0.05):
+        soft = gumbel_softmax(logits.expand(n, 5), tau)
+        assert soft.isfinite().all() and torch.allclose(soft.sum(1), torch.ones(n))
+        share = soft.argmax(1).bincount(minlength=5) / n
+        assert (share - logits.softmax(0)).abs().max() < 0.02, "five deviations of the largest share are 0.017"
 
 
 def start_logits(z):

@@ -50,7 +50,7 @@ from minit2i.collectives import all_reduce_sum
 from minit2i.config import Settings, at_least
 from minit2i.demo import demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Cache, Condition, Context, Prior, View, join_seen, output_layer
-from minit2i.papers.dalle import LARGE, cosine
+from minit2i.papers.dalle import LARGE, cosine, gumbel_softmax
 from minit2i.sample import WINDOW_PLANS
 from minit2i.vq import QUANTIZERS, Codebook, STQuantizer, finite, shrink
 
@@ -96,7 +96,8 @@ class GumbelSTQuantizer(STQuantizer):
             return super().forward(z)
         distances = self.distances(z)
         tau, nearest = cosine(step, self.cfg.tau_steps, 1.0, 1 / 16), distances.argmin(1)
-        chosen = F.gumbel_softmax(-self.scale * distances, tau, hard=True)  # (N, V), one-hot
+        soft = gumbel_softmax(-self.scale * distances, tau)  # (N, V)
+        chosen = F.one_hot(soft.argmax(1), soft.shape[1]) + soft - soft.detach()  # one-hot, the gradient of soft
         return chosen @ self.norm(self.codebook), nearest, Codebook.loss(self, self.norm(z), self.lookup(nearest))
 
     @torch.no_grad()
