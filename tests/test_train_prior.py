@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from minit2i.checkpoint import read_config
 from minit2i.config import pick
 from minit2i.data import DataConfig
 from minit2i.gpt import CONDITIONS, MODELS, GPTConfig
+from minit2i.papers.muse import PriorText
 from minit2i.sample import Pipeline
 from minit2i.train import Processes, read_log
 from train_prior import PriorTrainConfig, corrupt, evaluate, gradients, loss_weights, settle, to_device
@@ -173,6 +175,7 @@ KINDS = {
     "llama": "--model llama",
     "t5": "--condition t5 --t5 T5",
     "masked-t5": "--model masked --condition t5,coarse --t5 T5",
+    "masked-read": "--model masked --condition t5 --t5 PARTI",
     "cascade": "--model masked --condition encoder,coarse_codes --n_encoder 1 --coarse_vq COARSE",
 }
 
@@ -186,6 +189,7 @@ def test_a_new_kind_of_prior_needs_a_run():
 def test_each_kind_of_prior_trains_and_resumes(name, trained, t5_folder, tmp_path):  # noqa: F811
     """A run that stopped after a step ends like one that did not: losses, weights, samples."""
     flags = KINDS[name].replace("T5", str(t5_folder)).replace("COARSE", str(make_vq(tmp_path / "vq", stride=16)))
+    flags = flags.replace("PARTI", str(trained("encoder", KINDS["encoder"])))
     whole, part = trained(name, flags), trained(f"{name}-part", flags, steps=1)
     trained(f"{name}-part", "--resume")
     losses = [
@@ -260,6 +264,26 @@ def test_a_language_model_starts_a_prior(trained, tmp_path):
     for name, message in (("short.txt", "use a longer text"), ("none.txt", "a plain text file is needed")):
         with pytest.raises(ValueError, match=message):
             trained(name, f"--model language_model --data {tmp_path / name} --vocab_size 275")
+
+
+@pytest.mark.parametrize("pads", ["learned", "hidden"])
+def test_the_frozen_encoder_of_a_prior_reads_like_that_prior(pads, trained, tmp_path):
+    """States of words as that prior's decoder gets them, zeros at pads and for the empty caption."""
+    parti = trained(f"encoder-{pads}", f"{KINDS['encoder']} --pads {pads}", steps=1)
+    pipe, captions = Pipeline(parti), ["a red circle", "", "two large blue squares " * 9]
+    text = PriorText(parti, 16)
+    states, ids = text.states(captions), pipe.encode_prompts(captions)
+    own = pipe.model.conditions["encoder"].memory({"text": ids}, pipe.model.embed)
+    word = ids < pipe.model.cfg.n_vocab
+    assert text.width == 16 and states[[0, 2]].allclose((own * word[..., None])[[0, 2]], atol=1e-6)
+    assert not states[1].any() and text.n_cut == 1
+    text.remember(captions, tmp_path, PROCS)
+    sent = pickle.loads(pickle.dumps(text))  # to a spawned worker
+    assert sent.encode(captions[0]).allclose(states[0], atol=2e-3), "the cache is float16"
+    with pytest.raises(ValueError, match="--text_len 17: the encoder in .* reads 16 tokens; use as many"):
+        PriorText(parti, 17)
+    with pytest.raises(ValueError, match="is a prior of --condition text, without a text encoder"):
+        PriorText(trained("gpt", ""), 16)
 
 
 def test_a_frozen_t5_that_is_gone_is_named(trained, t5_folder, tmp_path):  # noqa: F811

@@ -8,6 +8,7 @@ What it adds
                 its decoder is finetuned afterwards                            parti.py:load_frozen, --train decoder
     prior       hidden codes learned from visible ones; cosine mask rate       MaskedGPT.loss, hide
                 all blocks attend to the caption: to a frozen T5's states,     FrozenT5, T5, T5Text
+                to those of another prior's encoder, frozen,                   PriorText
                 or to those of an encoder trained with the prior               parti.py:TextEncoder
                 a tenth of the captions dropped: they attend to nothing        --cond_drop, Condition.memory_seen
                 all codes sampled in parallel, over a few steps                MaskedGPT.generate, n_still_hidden
@@ -17,8 +18,9 @@ What it adds
                 guidance that rises over the steps, negative prompts           sample.py:SCHEDULES, --negative
 
 What differs here
-    The recipe trains a text encoder of its own, whose positions are relative (rotary), as T5's are; --condition t5 reads
-    the captions with a T5 folder, as the paper does.
+    The recipe trains a text encoder of its own, whose positions are relative (rotary), as T5's are.  Hidden codes teach
+    it slowly: after 115,000 scenes it still takes "above" for "below".  --condition t5 reads the captions with a frozen
+    encoder, as the paper does: a T5's, or one that a causal prior has taught to read (parti's; "text-positions").
     Pads are hidden from attention, as T5 hides them; the paper does not say.
     Super-resolution is from the same image size unless --coarse_shrink 2 (Muse: 256 to 512 pixels).  That 2 blocks read
     the coarse codes, and one begin token stands before the codes, is our choice.
@@ -31,7 +33,7 @@ Commands
     python train_vq.py --recipe muse --data path/to/images --out out/muse-vq
     python train_prior.py --recipe muse --data path/to/images --vq out/muse-vq --out out/muse
     python train_prior.py --recipe muse --condition t5 --t5 path/to/t5-v1_1-base --data path/to/images \
-        --vq out/muse-vq --out out/muse-t5
+        --vq out/muse-vq --out out/muse-t5                             or, on a laptop, --t5 out/parti
     python train_vq.py --recipe muse --stride 4 --data path/to/images --out out/muse-vq4
     python train_prior.py --recipe muse --condition encoder,coarse_codes --coarse_vq out/muse/vq \
         --data path/to/images --vq out/muse-vq4 --out out/muse-larger
@@ -55,15 +57,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minit2i.checkpoint import file_hash, read_config, read_hf
+from minit2i.checkpoint import file_hash, load_model, read_config, read_hf
 from minit2i.config import Settings, at_least, between, pick
 from minit2i.data import cached_array
 from minit2i.demo import demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Condition, Context, Linear, Prior, View
-from minit2i.gpt import views_of, without_text
+from minit2i.gpt import build_prior, views_of, without_text
 from minit2i.papers.parti import Encoder
 from minit2i.papers.taming import RECIPE as TAMING
-from minit2i.tokens import read_pieces
+from minit2i.tokens import Text, read_pieces
 from minit2i.vq import build_vq, shrink
 
 # --- STAGE 1: tokenizer ----------------------------------------------------------------------------------
@@ -346,25 +348,33 @@ class T5Text:
     fixed = True  # each caption is encoded once: an entry keeps one wording
 
     def __init__(self, folder, length, device="cpu", dtype=torch.float32):
-        self.model, self.length, self.device = load_t5(folder, dtype).to(device), length, device
-        self.sp = read_pieces(Path(folder, "spiece.model").read_bytes())
-        self.width, self.hash, self.n_cut, self.rows = self.model.cfg.d_model, folder_hash(folder), 0, {}
+        self.length, self.device, self.hash, self.n_cut, self.rows = length, device, folder_hash(folder), 0, {}
+        self.load(folder, dtype)
+        self.model.to(device)
 
-    @torch.inference_mode()
-    def states(self, captions):
-        """captions -> states (B, T, W) float32; one that is too long is cut, and counted in n_cut."""
+    def load(self, folder, dtype):
+        self.model, self.sp = load_t5(folder, dtype), read_pieces(Path(folder, "spiece.model").read_bytes())
+        self.width = self.model.cfg.d_model
+
+    def ids(self, captions):
+        """captions -> ids (B, T), seen (B, T) False at pads; one that is too long is cut, and counted in n_cut."""
         pieces = self.sp.encode(list(captions))
         self.n_cut += sum(len(p) > self.length - 1 for p in pieces)
         pieces = [[*p[: self.length - 1], self.sp.eos_id()] for p in pieces]
         ids = torch.tensor([p + [self.sp.pad_id()] * (self.length - len(p)) for p in pieces])
-        seen = torch.tensor([[t < len(p) for t in range(self.length)] for p in pieces]).to(self.device)
-        empty = torch.tensor([len(p) == 1 for p in pieces]).to(self.device)  # the end token alone
-        return self.model(ids.to(self.device), seen) * (seen & ~empty[:, None])[..., None]
+        return ids, torch.tensor([[t < len(p) for t in range(self.length)] for p in pieces])
+
+    @torch.inference_mode()
+    def states(self, captions):
+        """captions -> states (B, T, W) float32."""
+        ids, seen = (x.to(self.device) for x in self.ids(captions))
+        empty = seen.sum(1, keepdim=True) == 1  # a begin or end token alone
+        return self.model(ids, seen) * (seen & ~empty)[..., None]
 
     def encode(self, caption, dropout=0.0, rng=None):
         """caption -> states (T, W); dropout and rng are for tokens.Text."""
         if caption in self.rows:
-            self.n_cut += len(self.sp.encode(caption)) > self.length - 1
+            self.ids([caption])  # counts a cut one
             return torch.from_numpy(self.memory[self.rows[caption]].astype(np.float32))
         return self.states([caption])[0].cpu()
 
@@ -392,12 +402,53 @@ class T5Text:
         self.rows = {caption: k for k, caption in enumerate(captions)}
 
 
+class PriorEncoder(nn.Module):
+    """The text encoder of one of our priors, which stands in for T5 on a laptop: ids (B, T) -> states (B, T, W)."""
+
+    def __init__(self, folder):
+        super().__init__()
+        config = read_config(folder)["model"]
+        prior = build_prior(config)
+        if "encoder" not in prior.conditions:
+            raise ValueError(f"--t5 {folder} is a prior of --condition {config['condition']}, without a text encoder")
+        self.prior = load_model(folder, prior).requires_grad_(False)
+
+    def forward(self, ids, seen):
+        return self.prior.conditions["encoder"].memory({"text": ids}, self.prior.embed).float()
+
+
+class PriorText(T5Text):
+    """T5Text with a PriorEncoder and the text model of its folder, --t5 out/parti."""
+
+    def load(self, folder, dtype):
+        self.model = PriorEncoder(folder)
+        cfg = self.model.prior.cfg
+        self.text, self.width = Text(Path(folder, "text.model").read_bytes(), cfg.text_len), cfg.n_embd
+        if cfg.text_len != self.length:
+            raise ValueError(
+                f"--text_len {self.length}: the encoder in {folder} reads {cfg.text_len} tokens; use as many"
+            )
+
+    def ids(self, captions):
+        before, ids = self.text.n_cut, torch.stack([self.text.encode(caption) for caption in captions])
+        self.n_cut += self.text.n_cut - before
+        return ids, ids < self.text.n_vocab
+
+
+def text_reader(folder):
+    """The class that reads captions with the encoder in a folder, and the width of its states."""
+    config = read_config(folder, ())
+    if config.get("kind") == "prior":
+        return PriorText, config["model"]["n_embd"]
+    return T5Text, read_config(folder, ["d_model"])["d_model"]
+
+
 @dataclass(frozen=True)
 class FrozenT5Config(Settings):
     """Settings of --condition t5."""
 
     group = "--condition t5"
-    t5: Annotated[str, "folder of a frozen T5 v1.1 encoder, Hugging Face layout, that reads the captions"] = ""
+    t5: Annotated[str, "folder of a frozen text encoder: T5 v1.1 as of Hugging Face, or a prior's with its own"] = ""
     t5_width: int = 0
     t5_hash: str = ""
 
@@ -426,12 +477,9 @@ class FrozenT5(Condition):
         if cfg.t5_hash:
             return cfg
         if not cfg.t5:
-            raise ValueError("--condition t5 needs --t5, the folder of a frozen T5 v1.1 encoder")
+            raise ValueError("--condition t5 needs --t5, the folder of a frozen T5 v1.1 encoder or of a prior with one")
         return replace(
-            cfg,
-            t5=str(Path(cfg.t5).resolve()),
-            t5_width=read_config(cfg.t5, ["d_model"])["d_model"],
-            t5_hash=folder_hash(cfg.t5),
+            cfg, t5=str(Path(cfg.t5).resolve()), t5_width=text_reader(cfg.t5)[1], t5_hash=folder_hash(cfg.t5)
         )
 
     @staticmethod
@@ -441,7 +489,7 @@ class FrozenT5(Condition):
                 f"this prior reads its captions with the text encoder {cfg.t5_hash}, which is not in {cfg.t5}; put it "
                 "there, or name its folder under t5 in config.json"
             )
-        return T5Text(cfg.t5, cfg.text_len, device, dtype)
+        return text_reader(cfg.t5)[0](cfg.t5, cfg.text_len, device, dtype)
 
     def prefix(self, batch, embed):
         return self.begin.expand(len(batch["text"]), 1, -1)
