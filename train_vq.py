@@ -265,8 +265,7 @@ def main():
         seed_step(cfg.seed, step, procs.rank)
         batch = next(batches)
         skipped.add([s for _, _, skips in batch for s in skips])
-        how = dict(non_blocking=True, memory_format=model.image_format(procs.device))
-        batch = [images.to(procs.device, **how) for images, _, _ in batch]
+        batch = [images.to(procs.device, non_blocking=True) for images, _, _ in batch]
         if step == model.quantizer.first_step and not cfg.init:
             with torch.no_grad(), procs.autocast():
                 model.quantizer.start(torch.cat([model.latents(images).flatten(0, 2) for images in batch]))

@@ -38,13 +38,13 @@ PARTS = {  # fields that name an entry
 
 
 class Backbone(NamedTuple):
-    """Entry of BACKBONES: classes built as encoder(cfg, width) and decoder(cfg, width), their settings, and whether a
-    GPU trains them faster on images with channels last."""
+    """Entry of BACKBONES: classes built as encoder(cfg, width) and decoder(cfg, width), their settings, and the types of
+    device that train them faster on images with channels last."""
 
     encoder: type
     decoder: type
     Config: type | None = None
-    channels_last: bool = False
+    channels_last: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
-BACKBONES["vqvae"] = Backbone(Encoder, Decoder, channels_last=True)  # H200: 1.44; others 0.88 to 0.97
+BACKBONES["vqvae"] = Backbone(Encoder, Decoder, channels_last=("cuda",))  # H200: 1.44; others 0.88 to 0.97
 OUTPUTS["rgb"] = (3, lambda maps: maps.float())
 RECON_LOSSES["l1"] = lambda maps, image, target: (image - target).abs().mean()
 RECON_LOSSES["l2"] = lambda maps, image, target: (image - target).square().mean()
@@ -499,13 +499,14 @@ class VQ(nn.Module):
         return height // s, width // s
 
     def image_format(self, device):
-        """The memory format of images and weights for training on a device."""
-        fast = device.type == "cuda" and BACKBONES[self.cfg.backbone].channels_last
+        """The memory format of images and weights on a device."""
+        fast = device.type in BACKBONES[self.cfg.backbone].channels_last
         return torch.channels_last if fast else torch.contiguous_format
 
     def latents(self, image):
         """image (B, 3, H, W) in [-1, 1] -> latents (B, h, w, C), before quantization."""
         self.grid(*image.shape[-2:])
+        image = image.contiguous(memory_format=self.image_format(image.device))
         return rearrange(self.encoder(image), "b c h w -> b h w c")
 
     def decode_latents(self, z_q):

@@ -121,8 +121,6 @@ class DVAEEncoder(nn.Sequential):
         self.apply(init_unit_gain)
 
     def forward(self, image):
-        if image.device.type == "cpu":  # measured: training is 1.2 times as fast, on a GPU 0.9
-            image = image.contiguous(memory_format=torch.channels_last)
         return super().forward(phi(image))
 
 
@@ -276,7 +274,7 @@ def dvae_crop(im, size, resize, rng):
     return crop_of_square(im, size, rng, lambda spare: (0, spare + 1), 9 / 8, 12 / 8)
 
 
-BACKBONES["dvae"] = Backbone(DVAEEncoder, DVAEDecoder)
+BACKBONES["dvae"] = Backbone(DVAEEncoder, DVAEDecoder, channels_last=("cpu",))  # a CPU: 1.2; H200: 0.9
 QUANTIZERS["gumbel"] = GumbelQuantizer
 RECON_LOSSES["logit_laplace"] = logit_laplace
 OUTPUTS["logit_laplace"] = (6, laplace_image)
