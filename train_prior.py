@@ -232,6 +232,11 @@ def check_vocabulary(model_cfg, cfg):
         raise ValueError("--grow_vocab extends the text model of another run: it needs --init")
     if cfg.grow_vocab and any(condition.reads_captions for condition in conditions_of(model_cfg)):
         raise ValueError(f"--grow_vocab: --condition {model_cfg.condition} reads captions with a vocabulary of its own")
+    if asked and not (cfg.init or cfg.resume) and any(c.reads_captions for c in conditions_of(model_cfg)):
+        raise ValueError(
+            f"--vocab_size {cfg.vocab_size}: --condition {model_cfg.condition} reads captions with a vocabulary of its "
+            "own; leave it out"
+        )
     if asked and cfg.init and not (cfg.grow_vocab or cfg.resume):
         raise ValueError(
             f"--vocab_size {cfg.vocab_size}: the text model is that of --init {cfg.init}; leave it out, or add "
@@ -279,7 +284,8 @@ def say_sizes(model, model_cfg, data_cfg, cfg):
 def evaluate(model, val_set, cfg, procs):
     """Means over the first validation samples -> {"val_image_loss": nats per code, ...}."""
     n, size = min(EVAL_SIZE, len(val_set)), model.eval_batch or cfg.batch_size // (cfg.accum * procs.world)
-    starts = list(range(0, n - n % size or n if model.eval_batch else n, size))
+    stop = n - n % size if model.eval_batch and n >= size else n  # towers compare within whole batches
+    starts = list(range(0, stop, size))
     sums = {}
     for k in range(procs.rank, -(-len(starts) // procs.world) * procs.world, procs.world):
         first = starts[k] if k < len(starts) else 0  # a sharded model needs all processes in every pass

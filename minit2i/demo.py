@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 def run(script, flags):
-    """Print and run a script of the checkout; ValueError if it fails."""
+    """Print and run a script of the checkout; exit with its status if it fails."""
     print(f"\n$ python {script} {flags}", flush=True)
     if not (CHECKOUT / script).exists():
         sys.exit(f"error: {CHECKOUT / script} is not there; run this in a checkout of the repository")
@@ -56,7 +56,8 @@ def demo(name, doc, expect, vq="", prior="", sample=""):
         f"--cache {shlex.quote(str(out / 'cache'))} --out {shlex.quote(str(out / 'prior'))} --resume",
     )
     (out / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    run("sample.py", f"--model {out / 'prior'} --prompts {out / 'prompts.txt'} {sample} --out {out / 'grid.png'}")
+    prior_, prompts, grid = (shlex.quote(str(out / name)) for name in ("prior", "prompts.txt", "grid.png"))
+    run("sample.py", f"--model {prior_} --prompts {prompts} {sample} --out {grid}")
     image = Image.open(out / "grid.png")
     image.resize((4 * image.width, 4 * image.height), Image.NEAREST).save(out / "grid.png")
     print(f"\n{out / 'grid.png'}, four images a row: " + "; ".join(PROMPTS) + f"\nexpect: {expect}")

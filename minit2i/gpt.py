@@ -540,7 +540,7 @@ class Prior(nn.Module):
         return {f"{name}_loss": (total, n[name]) for name, total in self.loss(batch).items()}
 
     def score(self, batch):
-        """How badly each image fits its caption (B,): the best has the least."""
+        """A loss of each image given its caption (B,): lower is better."""
         raise ValueError(f"--model {self.cfg.model} gives no score to choose images by")
 
     def generate(self, batch, empty, sampler, known=None, watch=None):
@@ -553,8 +553,8 @@ class Prior(nn.Module):
         raise ValueError(f"--model {self.cfg.model} writes no captions; use --model {' or '.join(writers)}")
 
     def sample(self, batch, empty, sampler, text):
-        """What a training run shows of itself: codes (B, N) and their captions (None: the batch's own); None:
-        nothing."""
+        """Samples for the grid of a training run -> codes (B, N) and their captions, None for the batch's own; or None
+        if the model samples nothing."""
         return None
 
 

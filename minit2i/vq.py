@@ -39,7 +39,7 @@ PARTS = {  # fields that name an entry
 
 class Backbone(NamedTuple):
     """Entry of BACKBONES: classes built as encoder(cfg, width) and decoder(cfg, width), their settings, and the types of
-    device that train them faster on images with channels last."""
+    device on which training with channels last is faster (measured)."""
 
     encoder: type
     decoder: type
@@ -128,7 +128,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
-BACKBONES["vqvae"] = Backbone(Encoder, Decoder, channels_last=("cuda",))  # H200: 1.44; others 0.88 to 0.97
+BACKBONES["vqvae"] = Backbone(Encoder, Decoder, channels_last=("cuda",))  # H200: 1.44 times as fast
 OUTPUTS["rgb"] = (3, lambda maps: maps.float())
 RECON_LOSSES["l1"] = lambda maps, image, target: (image - target).abs().mean()
 RECON_LOSSES["l2"] = lambda maps, image, target: (image - target).square().mean()
@@ -151,8 +151,9 @@ def exact_products(device):
             torch.set_float32_matmul_precision(before)
 
 
+@torch.library.custom_op("minit2i::nearest_code", mutates_args=())  # one node of a compiled graph: runs as it stands
 @torch.no_grad()
-def nearest_code(z, codebook, block=0):
+def nearest_code(z: torch.Tensor, codebook: torch.Tensor, block: int = 0) -> torch.Tensor:
     """Index of the nearest codebook entry.
 
     z (N, C), codebook (V, C) -> codes (N,) in [0, V).  Computed in float32, `block` distances at a time (0: 2^22, on a
@@ -166,10 +167,21 @@ def nearest_code(z, codebook, block=0):
         z, codebook = z.float() - mean, codebook.float() - mean
         norm, rows = codebook.square().sum(1), max(1, block // len(codebook))
         codes = torch.empty(len(z), dtype=torch.long, device=z.device)
-        distances = z.new_empty(min(rows, len(z)), len(codebook))  # one buffer: fresh ones fragment glibc's heap
+        buffer = z.new_empty(min(rows, len(z)), len(codebook))  # for all: fresh ones fragment glibc's heap
         for part, out in zip(z.split(rows), codes.split(rows)):
-            out.copy_(torch.addmm(norm, part, codebook.t(), alpha=-2, out=distances[: len(part)]).argmin(1))
+            out.copy_(torch.addmm(norm, part, codebook.t(), alpha=-2, out=buffer[: len(part)]).argmin(1))
         return codes
+
+
+@nearest_code.register_fake
+def _(z, codebook, block=0):
+    return z.new_empty(len(z), dtype=torch.long)
+
+
+def distances(z, codebook):
+    """z (N, C), codebook (V, C) -> their Euclidean distances (N, V), in float32."""
+    with torch.autocast(z.device.type, enabled=False), exact_products(z.device):
+        return torch.cdist(z.float(), codebook.float())
 
 
 def finite(z):
@@ -304,7 +316,7 @@ class Codebook(nn.Module):
 
     def logits(self, z):
         """z (N, C) -> minus the squared distance to each code (N, V), to sample codes from."""
-        return -torch.cdist(self.norm(z), self.norm(self.codebook)).square()
+        return -distances(self.norm(z), self.norm(self.codebook)).square()
 
     def loss(self, z, z_q):
         """Commitment loss, VQ-VAE eq. 3, last term: pulls the latent to its code."""
@@ -334,8 +346,8 @@ class Codebook(nn.Module):
 class FixedQuantizer(Codebook):
     """The codebook stays where k-means puts it after --free_steps; until then latents pass unquantized.
 
-    CogView, arXiv:2105.13290 sec. 2.2: the codebook need not learn if it is initialised well.  How, is our choice:
-    codes that k-means finds for an untrained encoder are soon left behind.
+    CogView, arXiv:2105.13290 sec. 2.2: a well-initialised codebook need not learn.  --free_steps is our choice: codes
+    that k-means finds for an untrained encoder soon fit no latent.
     """
 
     @dataclass(frozen=True)
@@ -428,7 +440,7 @@ class FSQ(nn.Module):
     def logits(self, z):
         """z (N, C) -> minus the squared distance to each code (N, V), in levels."""
         scale = self.levels // 2
-        return -torch.cdist(self.bound(z), self.codebook * scale).square()
+        return -distances(self.bound(z), self.codebook * scale).square()
 
     def lookup(self, codes):
         """codes (...) -> latents (..., C)."""
@@ -499,7 +511,7 @@ class VQ(nn.Module):
         return height // s, width // s
 
     def image_format(self, device):
-        """The memory format of images and weights on a device."""
+        """The memory format of the encoder's images on a device, and of all weights in training."""
         fast = device.type in BACKBONES[self.cfg.backbone].channels_last
         return torch.channels_last if fast else torch.contiguous_format
 

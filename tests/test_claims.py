@@ -18,13 +18,14 @@ from minit2i.train import n_params
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_claims_flags_are_those_of_its_script(name, tmp_path):
     claim = CLAIMS[name]
-    lines = [f"{claim.flags} {flags}" for _, flags in (claim.first, claim.second)] + [*claim.before.values()]
+    lines = [f"{claim.command} {flags}" for _, flags in (claim.first, claim.second)] + [*claim.before.values()]
     for line in lines:
-        argv = line.replace("--init {towers}", "").split() + ["--out", str(tmp_path / "x")]
-        if claims.is_prior(line):
+        script, *argv = line.replace("--init {towers}", "").split() + ["--out", str(tmp_path / "x")]
+        if script == "train_prior.py":
             configs, parts = (GPTConfig, train_prior.DataConfig, train_prior.PriorTrainConfig), {}
             model, *_ = parse_flags("", configs, parts | {"model": MODELS, "condition": CONDITIONS}, {}, argv=argv)
         else:
+            assert script == "train_vq.py"
             configs = (vq.VQConfig, train_vq.VQDataConfig, train_vq.VQTrainConfig)
             parse_flags("", configs, vq.PARTS | tokenizer_losses.PARTS, {}, argv=argv)
     assert claim.first[1] != claim.second[1] and claim.sign in (1, -1)

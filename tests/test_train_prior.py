@@ -155,7 +155,8 @@ def trained(images, vq_run, tmp_path_factory):
         out = base / name
         if not out.exists() or "--resume" in flags:
             data = f"--data {images} --vq {vq_run} --cache {base / 'cache'}" if "--data" not in flags else ""
-            call(train_prior, f"{data} --out {out} --steps {steps} --eval_every 1 {FLAGS} {flags}")
+            shape = FLAGS.replace(" --vocab_size 320", "") if "--t5" in flags else FLAGS
+            call(train_prior, f"{data} --out {out} --steps {steps} --eval_every 1 {shape} {flags}")
         return out
 
     return train
@@ -281,9 +282,10 @@ def test_the_frozen_encoder_of_a_prior_reads_like_that_prior(pads, trained, tmp_
     sent = pickle.loads(pickle.dumps(text))  # to a spawned worker
     assert sent.encode(captions[0]).allclose(states[0], atol=2e-3), "the cache is float16"
     with pytest.raises(ValueError, match="--text_len 17: the encoder in .* reads 16 tokens; use as many"):
-        PriorText(parti, 17)
-    with pytest.raises(ValueError, match="is a prior of --condition text, without a text encoder"):
-        PriorText(trained("gpt", ""), 16)
+        build(condition="t5", t5=str(parti), t5_hash="", text_len=17)
+    for other in (trained("gpt", ""), trained("towers", KINDS["towers"]), pipe.config["train"]["vq"]):
+        with pytest.raises(ValueError, match="is neither a T5 v1.1 nor a prior of --condition encoder"):
+            build(condition="t5", t5=str(other), t5_hash="", text_len=16)
 
 
 def test_a_frozen_t5_that_is_gone_is_named(trained, t5_folder, tmp_path):  # noqa: F811
@@ -297,5 +299,9 @@ def test_a_frozen_t5_that_is_gone_is_named(trained, t5_folder, tmp_path):  # noq
         Pipeline(run)
     with pytest.raises(ValueError, match="which is not in"):
         call(train_prior, f"--out {run} --resume --steps 3")
+    with pytest.raises(
+        ValueError, match="--vocab_size 320: --condition t5 reads captions with a vocabulary of its own"
+    ):
+        call(train_prior, f"--data x --vq {run}/vq --out {tmp_path / 'x'} --condition t5 --t5 {t5_folder} {FLAGS}")
     with pytest.raises(ValueError, match="--resume cannot change the model: --t5 elsewhere"):
         call(train_prior, f"--out {run} --resume --t5 elsewhere --steps 3")

@@ -10,7 +10,7 @@ folder with row.json, its figures; finished runs are not repeated.  claims.json 
 finished, in the form of results/*.json.
 
 The verdict is Welch's t-test on the figure that the claim is about: "holds" or "does not hold here: the reverse" if p <
-0.05, else "undecided".
+0.05, else "undecided"; p is not corrected for the number of claims.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 
 from scipy.stats import ttest_ind_from_stats
 
-from minit2i.checkpoint import write_file
+from minit2i.checkpoint import read_config, write_file
 from minit2i.config import Settings, at_least, known, pick
 from minit2i.experiments.evaluate import scene_accuracy
 from minit2i.experiments.tokenizers import run_script
@@ -31,12 +31,12 @@ from minit2i.plot import read_log
 from minit2i.sample import Pipeline
 from minit2i.train import run
 
-VQ = "--data scenes --image_size 32 --stride 4 --ch 32 --n_res 1 --n_codes 512 --lr 2e-3 --warmup 50 --workers 0 "
+VQ = "train_vq.py --data scenes --image_size 32 --stride 4 --ch 32 --n_res 1 --n_codes 512 --lr 2e-3 --warmup 50 --workers 0 "
 TOKENIZER = VQ + "--patchwise --ch 64 --batch_size 32 --steps 3000 --ema 0.995"
 VQ += "--steps 800"
 PRIOR = (
-    "--data scenes:100000 --image_size 32 --n_layer 4 --n_embd 128 --n_head 4 --vocab_size 512 --text_len 28 "
-    "--optimizer muon --lr 3e-3 --warmup 50 --batch_size 16 --bpe_dropout 0 --steps 1500 --workers 0"
+    "train_prior.py --data scenes:100000 --image_size 32 --n_layer 4 --n_embd 128 --n_head 4 --vocab_size 512 "
+    "--text_len 28 --optimizer muon --lr 3e-3 --warmup 50 --batch_size 16 --bpe_dropout 0 --steps 1500 --workers 0"
 )
 SMALL_SET = PRIOR.replace("scenes:100000", "scenes:2000")  # learned by heart: where a regulariser can help
 
@@ -45,12 +45,12 @@ class Claim(NamedTuple):
     """The variant `first` is better than `second` by `figure`: larger if sign is 1, smaller if -1."""
 
     says: str
-    flags: str  # of both variants
+    command: str  # of both variants: script and flags
     first: tuple[str, str]  # its name, its own flags; {name} is the folder of a run of `before` with the same seed
     second: tuple[str, str]
     figure: str  # val_psnr, code_use; val_image_loss, seen, held_out: the oracle's accuracy on such scenes
     sign: int
-    before: dict[str, str] = {}  # name -> flags of train_prior.py, trained first
+    before: dict[str, str] = {}  # name -> command of a prior, trained first
 
 
 ENCODER = "--condition encoder --n_encoder 3 --mask conv --text_weight 0"
@@ -139,21 +139,17 @@ class ClaimsConfig(Settings):
 # --- runs ------------------------------------------------------------------------------------------------
 
 
-def is_prior(flags):
-    """Whether flags are train_prior.py's, not train_vq.py's: those start with a number of scenes."""
-    return flags.startswith("--data scenes:")
+def train(command, folder, seed, vq):
+    """Run a command, a prior's on the tokenizer in `vq`, unless the folder is finished."""
+    script, *flags = shlex.split(command)
+    more = ["--vq", str(vq)] if script == "train_prior.py" else []
+    run_script(script, [*flags, "--seed", str(seed), *more], folder)
 
 
-def train(flags, folder, seed, vq):
-    """Train a prior on the tokenizer in `vq`, or a tokenizer if the flags are one's, unless the folder is finished."""
-    script, more = ("train_prior.py", ["--vq", str(vq)]) if is_prior(flags) else ("train_vq.py", [])
-    run_script(script, [*shlex.split(flags), "--seed", str(seed), *more], folder)
-
-
-def measure(folder, flags, n):
+def measure(folder, n):
     """A finished run's last figures in its log; of a prior also the oracle's accuracy in %, n prompts a category."""
     figures = {k: v for r in read_log(folder / "log.jsonl") for k, v in r.items() if k.startswith(("val_", "code_use"))}
-    if is_prior(flags):
+    if read_config(folder)["kind"] == "prior":
         pipe = Pipeline(folder)
         table = scene_accuracy(pipe, pipe.sampling, n, say=lambda line: None)
         figures |= {split: 100 * table[split]["overall"] for split in ("seen", "held_out")}
@@ -161,16 +157,21 @@ def measure(folder, flags, n):
 
 
 def figures_of(claim, variant, seed, folder, cfg):
-    """The figures of one run, trained and measured unless row.json has them."""
-    path, vq = folder / "row.json", Path(cfg.out, "tokenizer")
+    """The figures of one run, trained and measured unless row.json has them.  ValueError if those are of another
+    command."""
+    path, vq, n = folder / "row.json", Path(cfg.out, "tokenizer"), cfg.prompts_per_category
+    asked = {"command": f"{claim.command} {variant[1]}", "prompts_per_category": n}
     if not path.exists():
         folders = {name: folder.parent / f"{name}-{seed}" for name in claim.before if f"{{{name}}}" in variant[1]}
         for name, before in folders.items():
             train(claim.before[name], before, seed, vq)
-        flags = f"{claim.flags} {variant[1].format(**folders)}"
-        train(flags, folder, seed, vq)
-        write_file(path, json.dumps(measure(folder, flags, cfg.prompts_per_category), indent=1) + "\n")
-    return json.loads(path.read_text())
+        own = variant[1].format(**{k: shlex.quote(str(v)) for k, v in folders.items()})
+        train(f"{claim.command} {own}", folder, seed, vq)
+        write_file(path, json.dumps({"asked": asked, "figures": measure(folder, n)}, indent=1) + "\n")
+    row = json.loads(path.read_text())
+    if row.get("asked") != asked:
+        raise ValueError(f"{path} has the figures of another command; use another --out")
+    return row["figures"]
 
 
 # --- verdict and table -----------------------------------------------------------------------------------

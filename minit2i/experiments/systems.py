@@ -42,7 +42,7 @@ from minit2i.papers import RECIPES
 from minit2i.plot import grid_image, plot, read_log, save_image, smooth
 from minit2i.sample import Pipeline
 from minit2i.train import n_params, pick_device, run
-from minit2i.vq import QUANTIZERS, VQConfig, build_vq
+from minit2i.vq import BACKBONES, QUANTIZERS, VQConfig, build_vq
 
 N_HEAD = 4  # of every prior, so that widths can be multiples of 8
 
@@ -75,18 +75,21 @@ class SystemsConfig(Settings):
 
 def fit_width(build, rows, target):
     """Rows of ever larger settings -> the first with a model within 10 % of `target` parameters; else ValueError."""
-    near = []
+    near, why = [], ""
     for row in rows:
         for settings in row:
             try:
                 with torch.device("meta"):
                     near.append(n_params(build(settings)))
-            except ValueError:  # a width that this backbone cannot have
+            except ValueError as e:  # a width that this backbone cannot have, or other settings that cannot work
+                why = e
                 continue
             if abs(near[-1] / target - 1) <= 0.1:
                 return settings
             if near[-1] > target:
                 break
+    if not near:
+        raise ValueError(f"no width works: {why}")
     nearest = min(near, key=lambda n: abs(log(n / target)))
     raise ValueError(f"no width gives {build.__name__} within 10 % of {target} parameters; the nearest has {nearest}")
 
@@ -104,7 +107,7 @@ def widths(name, cfg):
     if cfg.tokenizer:
         vq, own = read_config(cfg.tokenizer)["model"], {}
     else:
-        vq = model_settings(RECIPES[name]["vq"], cfg.vq, VQConfig, QUANTIZERS) | {"n_codes": cfg.n_codes}
+        vq = model_settings(RECIPES[name]["vq"], cfg.vq, VQConfig, QUANTIZERS, BACKBONES) | {"n_codes": cfg.n_codes}
         depths = sorted(range(1, 9), key=lambda n: abs(n - vq["n_res"]))  # the recipe's own first
         rows = [[vq | {"ch": ch, "n_res": n} for ch in range(4, 257, 4)] for n in depths]
         vq = fit_width(build_vq, rows, cfg.vq_params)
@@ -114,7 +117,9 @@ def widths(name, cfg):
     shape |= dict(grid_h=height // vq["stride"], grid_w=width // vq["stride"])
     prior = model_settings(RECIPES[name]["prior"], cfg.prior, GPTConfig, MODELS, CONDITIONS) | shape
     prior = fit_width(build_prior, [[prior | {"n_embd": n} for n in range(64, 1025, 8)]], cfg.prior_params)
-    return own, {"n_embd": prior["n_embd"], "n_head": N_HEAD}
+    reads = any(CONDITIONS[condition].reads_captions for condition in prior["condition"].split(","))
+    words = {} if reads else {"vocab_size": cfg.vocab_size}  # a frozen encoder has a vocabulary of its own
+    return own, {"n_embd": prior["n_embd"], "n_head": N_HEAD} | words
 
 
 # --- a row -------------------------------------------------------------------------------------------
@@ -185,10 +190,7 @@ def make_row(name, folder, own, prompts, cfg):
     """Train and measure a recipe with its own widths -> row.json, which is only read if its flags are the same."""
     same = {"data": cfg.data, "image_size": cfg.image_size, "seed": cfg.seed, "device": cfg.device, "recipe": name}
     vq = Path(cfg.tokenizer) if cfg.tokenizer else folder / "vq"
-    flags = [
-        {**same, "n_codes": cfg.n_codes, **own[0]},
-        {**same, "vocab_size": cfg.vocab_size, **own[1], "vq": str(vq)},
-    ]
+    flags = [{**same, "n_codes": cfg.n_codes, **own[0]}, {**same, **own[1], "vq": str(vq)}]
     lines = [
         [*(str(x) for k, v in some.items() for x in (f"--{k}", v)), *shlex.split(more)]
         for some, more in zip(flags, (cfg.vq, cfg.prior))

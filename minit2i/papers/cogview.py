@@ -52,7 +52,7 @@ from minit2i.demo import demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Cache, Condition, Context, Prior, View, join_seen, output_layer
 from minit2i.papers.dalle import LARGE, cosine, gumbel_softmax
 from minit2i.sample import WINDOW_PLANS
-from minit2i.vq import QUANTIZERS, Codebook, STQuantizer, finite, shrink
+from minit2i.vq import QUANTIZERS, Codebook, STQuantizer, distances, finite, shrink
 
 # --- STAGE 1: tokenizer ----------------------------------------------------------------------------------
 # The plain VQ-VAE of vq.py, whose codebook is learned in one of four ways: --quantizer ema, st, fixed or gumbel_st.
@@ -83,8 +83,7 @@ class GumbelSTQuantizer(STQuantizer):
 
     def distances(self, z):
         """z (N, C) -> (N, V), in float32."""
-        with torch.autocast(z.device.type, enabled=False):
-            return torch.cdist(self.norm(z), self.norm(self.codebook))
+        return distances(self.norm(z), self.norm(self.codebook))
 
     def logits(self, z):
         """z (N, C) -> (N, V), to sample codes from."""
@@ -94,10 +93,11 @@ class GumbelSTQuantizer(STQuantizer):
         """z (N, C) -> z_q (N, C), nearest codes (N,), commitment loss ()."""
         if not train:
             return super().forward(z)
-        distances = self.distances(z)
-        tau, nearest = cosine(step, self.cfg.tau_steps, 1.0, 1 / 16), distances.argmin(1)
-        soft = gumbel_softmax(-self.scale * distances, tau)  # (N, V)
-        chosen = F.one_hot(soft.argmax(1), soft.shape[1]) + soft - soft.detach()  # one-hot, the gradient of soft
+        d = self.distances(z)
+        tau, nearest = cosine(step, self.cfg.tau_steps, 1.0, 1 / 16), d.argmin(1)
+        soft = gumbel_softmax(-self.scale * d, tau)  # (N, V)
+        hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
+        chosen = soft + (hard - soft).detach()  # (N, V): one-hot, with the gradient of soft
         return chosen @ self.norm(self.codebook), nearest, Codebook.loss(self, self.norm(z), self.lookup(nearest))
 
     @torch.no_grad()

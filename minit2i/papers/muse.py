@@ -7,7 +7,7 @@ What it adds
     tokenizer   Taming's VQGAN, convolutional throughout                       taming.py, --attention none
                 its decoder is finetuned afterwards                            parti.py:load_frozen, --train decoder
     prior       hidden codes learned from visible ones; cosine mask rate       MaskedGPT.loss, hide
-                all blocks attend to the caption: to a frozen T5's states,     FrozenT5, T5, T5Text
+                all blocks attend to the caption: to a frozen T5's states,     FrozenEncoder, T5, T5Text
                 to those of another prior's encoder, frozen,                   PriorText
                 or to those of an encoder trained with the prior               parti.py:TextEncoder
                 a tenth of the captions dropped: they attend to nothing        --cond_drop, Condition.memory_seen
@@ -19,8 +19,8 @@ What it adds
 
 What differs here
     The recipe trains a text encoder of its own, whose positions are relative (rotary), as T5's are.  Hidden codes teach
-    it slowly: after 115,000 scenes it still takes "above" for "below".  --condition t5 reads the captions with a frozen
-    encoder, as the paper does: a T5's, or one that a causal prior has taught to read (parti's; "text-positions").
+    it slowly to tell "above" from "below" (results, "text-encoders").  --condition t5 reads the captions with a frozen
+    encoder, as the paper does: a T5's, or that of another prior, such as parti's.
     Pads are hidden from attention, as T5 hides them; the paper does not say.
     Super-resolution is from the same image size unless --coarse_shrink 2 (Muse: 256 to 512 pixels).  That 2 blocks read
     the coarse codes, and one begin token stands before the codes, is our choice.
@@ -40,7 +40,7 @@ Commands
     python sample.py --model out/muse --prompt "a red circle" --enlarge out/muse-larger
     python sample.py --model out/muse --prompt "a red circle" --steps 12 --image photo.png --inpaint_mask hole.png
 
-results: minit2i/experiments/README.md, "priors", "text-positions", "masked-steps", "masked-guidance", "cascade"
+results: minit2i/experiments/README.md, "priors", "text-positions", "text-encoders", "masked-steps", "masked-guidance", "cascade"
 """
 
 import hashlib
@@ -63,6 +63,7 @@ from minit2i.data import cached_array
 from minit2i.demo import demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Condition, Context, Linear, Prior, View
 from minit2i.gpt import build_prior, views_of, without_text
+from minit2i.papers.dalle import gumbel_noise
 from minit2i.papers.parti import Encoder
 from minit2i.papers.taming import RECIPE as TAMING
 from minit2i.tokens import Text, read_pieces
@@ -127,7 +128,8 @@ class MaskedSampling(Settings):
 class MaskedGPT(GPT):
     """A prior that learns hidden codes from visible ones, and samples all of them in a few parallel steps.
 
-    All positions see each other; a hidden code is -1 in the batch's "visible_codes" and the last token id in the table.
+    All positions see each other; a hidden code is -1 in the batch's "visible_codes", and has a row of the embedding table
+    after those of the codes.
     """
 
     Config, Sampling = MaskedConfig, MaskedSampling
@@ -195,8 +197,7 @@ class MaskedGPT(GPT):
             logits = sampler.guide(logits, sampler.scale(u)).flatten(0, 1)  # (B N, V)
             sampled = sampler.pick(sampler.filter(logits), noise[:, 0].flatten()).view(b, -1)  # (B, N)
             log_p = -F.cross_entropy(logits, sampled.flatten(), reduction="none").view(b, -1)
-            gumbel = -(-noise[:, 1].clamp_min(1e-20).log()).clamp_min(1e-20).log()
-            confidence = log_p + sampler.cfg.choice_noise * (1 - u) * gumbel
+            confidence = log_p + sampler.cfg.choice_noise * (1 - u) * gumbel_noise(noise[:, 1])
             hidden = codes < 0
             rank = confidence.masked_fill(~hidden, torch.inf).argsort(1).argsort(1)  # the least confident first
             n_stay = n_still_hidden(n_at_start, hidden.sum(1), u)
@@ -337,9 +338,9 @@ def folder_hash(folder):
     return digest.hexdigest()[:16]
 
 
-class T5Text:
-    """Captions -> states (T, W) of the frozen encoder, in place of tokens.Text and its ids; zeros at pads, and only
-    zeros for the empty caption: what is zero is hidden from attention.
+class FrozenText:
+    """Captions -> states (T, W) of a frozen encoder, in place of tokens.Text and its ids.  Positions of pads, and all
+    of an empty caption, are zero vectors; `FrozenEncoder.memory_seen` hides them.
 
     `remember` encodes all captions of a training set once, into a cache.
     """
@@ -348,33 +349,28 @@ class T5Text:
     fixed = True  # each caption is encoded once: an entry keeps one wording
 
     def __init__(self, folder, length, device="cpu", dtype=torch.float32):
-        self.length, self.device, self.hash, self.n_cut, self.rows = length, device, folder_hash(folder), 0, {}
-        self.load(folder, dtype)
-        self.model.to(device)
+        self.length, self.device, self.dtype, self.n_cut, self.rows = length, device, dtype, 0, {}
+        self.hash, self.model = folder_hash(folder), self.load(folder).to(device)
 
-    def load(self, folder, dtype):
-        self.model, self.sp = load_t5(folder, dtype), read_pieces(Path(folder, "spiece.model").read_bytes())
-        self.width = self.model.cfg.d_model
+    def load(self, folder):
+        """-> the encoder: ids (B, T), seen (B, T) -> states (B, T, W)."""
+        raise NotImplementedError
 
     def ids(self, captions):
         """captions -> ids (B, T), seen (B, T) False at pads; one that is too long is cut, and counted in n_cut."""
-        pieces = self.sp.encode(list(captions))
-        self.n_cut += sum(len(p) > self.length - 1 for p in pieces)
-        pieces = [[*p[: self.length - 1], self.sp.eos_id()] for p in pieces]
-        ids = torch.tensor([p + [self.sp.pad_id()] * (self.length - len(p)) for p in pieces])
-        return ids, torch.tensor([[t < len(p) for t in range(self.length)] for p in pieces])
+        raise NotImplementedError
 
     @torch.inference_mode()
     def states(self, captions):
         """captions -> states (B, T, W) float32."""
         ids, seen = (x.to(self.device) for x in self.ids(captions))
-        empty = seen.sum(1, keepdim=True) == 1  # a begin or end token alone
+        empty = seen.sum(1, keepdim=True) == 1  # its begin or end token alone
         return self.model(ids, seen) * (seen & ~empty)[..., None]
 
     def encode(self, caption, dropout=0.0, rng=None):
         """caption -> states (T, W); dropout and rng are for tokens.Text."""
         if caption in self.rows:
-            self.ids([caption])  # counts a cut one
+            self.ids([caption])  # counts one that is cut
             return torch.from_numpy(self.memory[self.rows[caption]].astype(np.float32))
         return self.states([caption])[0].cpu()
 
@@ -390,7 +386,7 @@ class T5Text:
     def remember(self, captions, folder, procs, batch=64):
         """Encode all captions once, each process a share, into a float16 array (n, T, W) that later runs find."""
         captions = sorted({"", *captions})
-        text = "\0".join([self.hash, str(self.length), *captions]).encode("utf-8", "replace")
+        text = "\0".join([self.hash, str(self.dtype), str(self.length), *captions]).encode("utf-8", "replace")
         path, n = Path(folder, f"captions-{hashlib.sha256(text).hexdigest()[:16]}.npy"), len(captions)
 
         def fill(array, rows):
@@ -402,32 +398,30 @@ class T5Text:
         self.rows = {caption: k for k, caption in enumerate(captions)}
 
 
-class PriorEncoder(nn.Module):
-    """The text encoder of one of our priors, which stands in for T5 on a laptop: ids (B, T) -> states (B, T, W)."""
+class T5Text(FrozenText):
+    """Reads captions with a T5 v1.1 encoder, its weights in dtype."""
 
-    def __init__(self, folder):
-        super().__init__()
-        config = read_config(folder)["model"]
-        prior = build_prior(config)
-        if "encoder" not in prior.conditions:
-            raise ValueError(f"--t5 {folder} is a prior of --condition {config['condition']}, without a text encoder")
-        self.prior = load_model(folder, prior).requires_grad_(False)
+    def load(self, folder):
+        model, self.sp = load_t5(folder, self.dtype), read_pieces(Path(folder, "spiece.model").read_bytes())
+        self.width = model.cfg.d_model
+        return model
 
-    def forward(self, ids, seen):
-        return self.prior.conditions["encoder"].memory({"text": ids}, self.prior.embed).float()
+    def ids(self, captions):
+        pieces = self.sp.encode(list(captions))
+        self.n_cut += sum(len(p) > self.length - 1 for p in pieces)
+        pieces = [[*p[: self.length - 1], self.sp.eos_id()] for p in pieces]
+        ids = torch.tensor([p + [self.sp.pad_id()] * (self.length - len(p)) for p in pieces])
+        return ids, torch.tensor([[t < len(p) for t in range(self.length)] for p in pieces])
 
 
-class PriorText(T5Text):
-    """T5Text with a PriorEncoder and the text model of its folder, --t5 out/parti."""
+class PriorText(FrozenText):
+    """Reads captions with the text encoder of a trained prior (--t5 out/parti), in float32, which stands in for T5 on a
+    laptop.  Pads are hidden from cross-attention even if that prior's own decoder sees them."""
 
-    def load(self, folder, dtype):
-        self.model = PriorEncoder(folder)
-        cfg = self.model.prior.cfg
-        self.text, self.width = Text(Path(folder, "text.model").read_bytes(), cfg.text_len), cfg.n_embd
-        if cfg.text_len != self.length:
-            raise ValueError(
-                f"--text_len {self.length}: the encoder in {folder} reads {cfg.text_len} tokens; use as many"
-            )
+    def load(self, folder):
+        prior = load_model(folder, build_prior(read_config(folder)["model"])).requires_grad_(False)
+        self.text, self.width = Text(Path(folder, "text.model").read_bytes(), self.length), prior.cfg.n_embd
+        return PriorEncoder(prior)
 
     def ids(self, captions):
         before, ids = self.text.n_cut, torch.stack([self.text.encode(caption) for caption in captions])
@@ -435,32 +429,52 @@ class PriorText(T5Text):
         return ids, ids < self.text.n_vocab
 
 
-def text_reader(folder):
-    """The class that reads captions with the encoder in a folder, and the width of its states."""
+class PriorEncoder(nn.Module):
+    """A prior's text encoder as a module: ids (B, T) -> states (B, T, W)."""
+
+    def __init__(self, prior):
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, ids, seen):
+        return self.prior.conditions["encoder"].memory({"text": ids}, self.prior.embed)  # knows its pads by their ids
+
+
+def text_reader(folder, length):
+    """A folder with a text encoder, the captions' length -> the class that reads with it, the width of its states.
+
+    ValueError if it is neither a T5 v1.1 nor a prior with an encoder of captions of this length.
+    """
     config = read_config(folder, ())
-    if config.get("kind") == "prior":
-        return PriorText, config["model"]["n_embd"]
-    return T5Text, read_config(folder, ["d_model"])["d_model"]
+    if "kind" not in config:
+        return T5Text, read_config(folder, ["d_model"])["d_model"]
+    model = config.get("model", {})
+    if model.get("model") == "towers" or "encoder" not in model.get("condition", "").split(","):
+        raise ValueError(f"--t5 {folder} is neither a T5 v1.1 nor a prior of --condition encoder")
+    if model["text_len"] != length:
+        raise ValueError(f"--text_len {length}: the encoder in {folder} reads {model['text_len']} tokens; use as many")
+    return PriorText, model["n_embd"]
 
 
 @dataclass(frozen=True)
-class FrozenT5Config(Settings):
+class FrozenEncoderConfig(Settings):
     """Settings of --condition t5."""
 
     group = "--condition t5"
-    t5: Annotated[str, "folder of a frozen text encoder: T5 v1.1 as of Hugging Face, or a prior's with its own"] = ""
+    t5: Annotated[str, "folder of a frozen text encoder: a T5 v1.1 in Hugging Face's layout, or a prior's"] = ""
     t5_width: int = 0
     t5_hash: str = ""
 
 
-class FrozenT5(Condition):
-    """States of a frozen T5 encoder, linearly projected, as a memory for cross-attention (Muse sec. 2.1, 2.3).
+class FrozenEncoder(Condition):
+    """States of a frozen text encoder (T5's, or another prior's), linearly projected, as a memory for cross-attention
+    (Muse sec. 2.1, 2.3).  It stays in its folder, and is known by its hash.
 
     One begin token stands before the codes.  Pads are hidden from attention as in T5 itself, whatever --pads says, and
     so is the whole empty caption: a dropped caption leaves self-attention alone (sec. 2.7).
     """
 
-    Config = FrozenT5Config
+    Config = FrozenEncoderConfig
     reads_captions = True
     length = 1
 
@@ -479,7 +493,10 @@ class FrozenT5(Condition):
         if not cfg.t5:
             raise ValueError("--condition t5 needs --t5, the folder of a frozen T5 v1.1 encoder or of a prior with one")
         return replace(
-            cfg, t5=str(Path(cfg.t5).resolve()), t5_width=text_reader(cfg.t5)[1], t5_hash=folder_hash(cfg.t5)
+            cfg,
+            t5=str(Path(cfg.t5).resolve()),
+            t5_width=text_reader(cfg.t5, cfg.text_len)[1],
+            t5_hash=folder_hash(cfg.t5),
         )
 
     @staticmethod
@@ -489,7 +506,7 @@ class FrozenT5(Condition):
                 f"this prior reads its captions with the text encoder {cfg.t5_hash}, which is not in {cfg.t5}; put it "
                 "there, or name its folder under t5 in config.json"
             )
-        return text_reader(cfg.t5)[0](cfg.t5, cfg.text_len, device, dtype)
+        return text_reader(cfg.t5, cfg.text_len)[0](cfg.t5, cfg.text_len, device, dtype)
 
     def prefix(self, batch, embed):
         return self.begin.expand(len(batch["text"]), 1, -1)
@@ -501,7 +518,7 @@ class FrozenT5(Condition):
         return batch["text"].any(-1)
 
 
-CONDITIONS["t5"] = FrozenT5
+CONDITIONS["t5"] = FrozenEncoder
 
 
 @dataclass(frozen=True)
