@@ -278,15 +278,16 @@ def test_a_gpu_samples_the_indices_that_a_cpu_samples():
 
 
 class OnlyOnGPU(TorchDispatchMode):
-    """Context in which no tensor may be copied from a (fake) GPU to the CPU; counts products."""
+    """Context in which no tensor may be copied from a (fake) GPU to the CPU; counts products, and choices of codes."""
 
-    products = 0
+    products = choices = 0
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out, inputs = f(*args, **kwargs or {}), [x for x in tree_leaves(args) if torch.is_tensor(x)]
         if any(x.is_cuda for x in inputs) and torch.is_tensor(out) and out.is_cpu:
             raise TypeError(f"{f} waits for the GPU")
         self.products += "addmm" in str(f)
+        self.choices += "nearest_code" in str(f)
         return out
 
 
@@ -303,7 +304,9 @@ def test_codebooks_do_not_wait_for_a_gpu(name):
             quantizer.start(z)
             codes = quantizer(z, train=True)[1]
             quantizer.update(z, codes, 0)
-        assert codes.is_cuda and work.products == (0 if name == "fsq" else 10 + 1)
+        assert codes.is_cuda and work.choices == (0 if name == "fsq" else 10 + 1)
+        with OnlyOnGPU() as work:
+            assert nearest_code._init_fn(z, z).is_cuda and work.products == 1
     with FakeTensorMode(), torch.device("cuda"), OnlyOnGPU(), pytest.raises(TypeError, match="waits for the GPU"):
         torch.ones(3).cpu()
 
