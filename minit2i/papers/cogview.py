@@ -33,7 +33,8 @@ Commands
         --out out/larger                                               on crops, as windows are
     python sample.py --model out/cogview --prompt "a red circle" --best_of 16 --judge out/capt --enlarge out/larger
 
-results: minit2i/experiments/README.md, "priors", "figure-2", "super-resolution", "captioner", "float16"
+results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "figure-2", "super-resolution",
+    "captioner", "float16"
 """
 
 from dataclasses import dataclass, replace

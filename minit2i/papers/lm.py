@@ -24,7 +24,7 @@ Commands
         --vq out/lm-vq --out out/lm
     python sample.py --model out/lm --prompt "a red circle" --out lm.png
 
-results: minit2i/experiments/README.md, "priors", "language-model"
+results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "language-model"
 """
 
 import json

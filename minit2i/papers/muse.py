@@ -40,7 +40,8 @@ Commands
     python sample.py --model out/muse --prompt "a red circle" --enlarge out/muse-larger
     python sample.py --model out/muse --prompt "a red circle" --steps 12 --image photo.png --inpaint_mask hole.png
 
-results: minit2i/experiments/README.md, "priors", "text-positions", "text-encoders", "masked-steps", "masked-guidance", "cascade"
+results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "text-positions", "text-encoders",
+    "masked-steps", "masked-guidance", "cascade"
 """
 
 import hashlib
@@ -128,8 +129,8 @@ class MaskedSampling(Settings):
 class MaskedGPT(GPT):
     """A prior that learns hidden codes from visible ones, and samples all of them in a few parallel steps.
 
-    All positions see each other; a hidden code is -1 in the batch's "visible_codes", and has a row of the embedding table
-    after those of the codes.
+    All positions see each other; a hidden code is -1 in the batch's "visible_codes", and has the row of the embedding
+    table that follows the codes'.
     """
 
     Config, Sampling = MaskedConfig, MaskedSampling

@@ -33,7 +33,8 @@ Commands
         --vq out/parti-vq --out out/parti                              without --init: from scratch
     python sample.py --model out/parti --vq out/x2 --prompt "a red circle" --best_of 16 --judge out/towers
 
-results: minit2i/experiments/README.md, "priors", "text-positions", "encoder", "decoders", "adversarial"
+results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "text-positions", "encoder",
+    "decoders", "adversarial"
 """
 
 import math

@@ -28,7 +28,7 @@ Commands
         --vq out/taming-vq --out out/edges
     python sample.py --model out/edges --prompt "" --image wide.png --image_size 64x128 --out edges.png
 
-results: minit2i/experiments/README.md, "priors", "gan", "spatial-condition"
+results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "gan", "spatial-condition"
 """
 
 import math
