@@ -36,8 +36,8 @@ Commands
     python train_prior.py --recipe dalle --data path/to/images --vq out/dalle-vq --out out/dalle
     python sample.py --model out/dalle --prompt "a red circle" --out dalle.png
 
-results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "emoji", "sparse-masks", "float16",
-    "hidden-pads", "quantizers"
+results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "kl-weight", "emoji", "sparse-masks",
+    "float16", "hidden-pads", "quantizers"
 """
 
 import math
