@@ -24,7 +24,7 @@ from minit2i.data import DataConfig, Skipped, captions, none_usable, parse_size,
 from minit2i.flags import describe, parse_flags
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, View, conditions_of, grow_vocabulary, prior_config, views_of
-from minit2i.gpt import with_codes
+from minit2i.gpt import reads_captions, with_codes
 from minit2i.papers import RECIPES, SIZES
 from minit2i.parallel import parallelize, sync_gradients, unsharded
 from minit2i.plot import captioned_grid
@@ -107,7 +107,7 @@ class Data:
 def text_model(model, model_cfg, cfg, source, indices):
     """The SentencePiece model (bytes) of a new run; None if a condition reads captions itself.  ValueError if there are
     no captions."""
-    if any(condition.reads_captions for condition in conditions_of(model_cfg)):
+    if reads_captions(model_cfg):
         return None
     some = captions(source, indices[:: -(-len(indices) // 50_000)])  # at most 50,000 entries, evenly spaced
     if (first := next(some, None)) is None:
@@ -230,9 +230,9 @@ def check_vocabulary(model_cfg, cfg):
     )
     if cfg.grow_vocab and not cfg.init:
         raise ValueError("--grow_vocab extends the text model of another run: it needs --init")
-    if cfg.grow_vocab and any(condition.reads_captions for condition in conditions_of(model_cfg)):
+    if cfg.grow_vocab and reads_captions(model_cfg):
         raise ValueError(f"--grow_vocab: --condition {model_cfg.condition} reads captions with a vocabulary of its own")
-    if asked and not (cfg.init or cfg.resume) and any(c.reads_captions for c in conditions_of(model_cfg)):
+    if asked and not (cfg.init or cfg.resume) and reads_captions(model_cfg):
         raise ValueError(
             f"--vocab_size {cfg.vocab_size}: --condition {model_cfg.condition} reads captions with a vocabulary of its "
             "own; leave it out"
@@ -272,8 +272,9 @@ def say_sizes(model, model_cfg, data_cfg, cfg):
         with torch.device("meta"):
             vq = build_vq(tokenizer_config(cfg.vq, cfg.vq_range)["model"])
         model_cfg = with_codes(model_cfg, vq, vq.grid(*parse_size(data_cfg.image_size)))
+    n_vocab = 0 if reads_captions(model_cfg) else model_cfg.n_vocab or cfg.vocab_size
     with torch.device("meta"):
-        prior = model(replace(model_cfg, n_vocab=model_cfg.n_vocab or cfg.vocab_size))
+        prior = model(replace(model_cfg, n_vocab=n_vocab))
     print(f"{n_params(prior) / 1e6:.2f} M parameters, {prior.layout.n_prefix}+{prior.cfg.n_image} positions")
 
 

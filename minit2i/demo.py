@@ -48,16 +48,20 @@ def demo(name, doc, expect, vq="", prior="", sample=""):
     steps = f" --steps {args.steps} --eval_every {args.steps}" if args.steps else ""
     game = f" --gan_start {args.steps // 2}" if args.steps and "--gan_start" in vq else ""
     out = Path(args.out)
+
+    def at(name):
+        """A path in --out, quoted."""
+        return shlex.quote(str(out / name))
+
     print(doc.partition("\n")[0])
-    run("train_vq.py", f"--recipe {name} {DATA} {VQ} {vq}{steps}{game} --out {shlex.quote(str(out / 'vq'))} --resume")
+    run("train_vq.py", f"--recipe {name} {DATA} {VQ} {vq}{steps}{game} --out {at('vq')} --resume")
     run(
         "train_prior.py",
-        f"--recipe {name} {DATA} {PRIOR} {prior}{steps} --vq {shlex.quote(str(out / 'vq'))} "
-        f"--cache {shlex.quote(str(out / 'cache'))} --out {shlex.quote(str(out / 'prior'))} --resume",
+        f"--recipe {name} {DATA} {PRIOR} {prior}{steps} --vq {at('vq')} --cache {at('cache')} "
+        f"--out {at('prior')} --resume",
     )
     (out / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    prior_, prompts, grid = (shlex.quote(str(out / name)) for name in ("prior", "prompts.txt", "grid.png"))
-    run("sample.py", f"--model {prior_} --prompts {prompts} {sample} --out {grid}")
+    run("sample.py", f"--model {at('prior')} --prompts {at('prompts.txt')} {sample} --out {at('grid.png')}")
     image = Image.open(out / "grid.png")
     image.resize((4 * image.width, 4 * image.height), Image.NEAREST).save(out / "grid.png")
     print(f"\n{out / 'grid.png'}, four images a row: " + "; ".join(PROMPTS) + f"\nexpect: {expect}")

@@ -886,6 +886,11 @@ def conditions_of(cfg):
     return [CONDITIONS[name] for name in cfg.condition.split(",")]
 
 
+def reads_captions(cfg):
+    """Whether a condition reads the captions itself, with a vocabulary of its own."""
+    return any(condition.reads_captions for condition in conditions_of(cfg))
+
+
 def views_of(cfg):
     """The views whose codes a prior's conditions read."""
     return [view for condition in conditions_of(cfg) if (view := condition.extra_codes(cfg))]

@@ -167,7 +167,7 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor, block: int = 0) -> tor
         z, codebook = z.float() - mean, codebook.float() - mean
         norm, rows = codebook.square().sum(1), max(1, block // len(codebook))
         codes = torch.empty(len(z), dtype=torch.long, device=z.device)
-        buffer = z.new_empty(min(rows, len(z)), len(codebook))  # for all: fresh ones fragment glibc's heap
+        buffer = z.new_empty(min(rows, len(z)), len(codebook))  # one for all parts: fresh ones fragment glibc's heap
         for part, out in zip(z.split(rows), codes.split(rows)):
             out.copy_(torch.addmm(norm, part, codebook.t(), alpha=-2, out=buffer[: len(part)]).argmin(1))
         return codes

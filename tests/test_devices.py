@@ -140,8 +140,8 @@ def test_a_gpu_trains_tokenizers_with_channels_last(images, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_choosing_codes_compiles_to_one_graph():
-    """Of which it is a node: traced into it, a GPU's product would be TF32 again."""
+def test_a_tokenizer_compiles_to_one_graph():
+    """Choosing codes is a node of it: Dynamo cannot trace the precision of its product."""
     vq, images, nodes = build_vq(SMALL_VQ | dict(quantizer="ema")), torch.rand(2, 3, 16, 16), []
     torch._dynamo.reset()
     compiled = torch.compile(

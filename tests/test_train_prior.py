@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 import shutil
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from minit2i.data import DataConfig
 from minit2i.gpt import CONDITIONS, MODELS, GPTConfig
 from minit2i.papers.muse import PriorText
 from minit2i.sample import Pipeline
-from minit2i.train import Processes, read_log
+from minit2i.train import Processes, n_params, read_log
 from train_prior import PriorTrainConfig, corrupt, evaluate, gradients, loss_weights, settle, to_device
 
 PROCS = Processes("cpu", "fp32")
@@ -286,6 +287,13 @@ def test_the_frozen_encoder_of_a_prior_reads_like_that_prior(pads, trained, tmp_
     for other in (trained("gpt", ""), trained("towers", KINDS["towers"]), pipe.config["train"]["vq"]):
         with pytest.raises(ValueError, match="is neither a T5 v1.1 nor a prior of --condition encoder"):
             build(condition="t5", t5=str(other), t5_hash="", text_len=16)
+
+
+def test_a_dry_run_counts_no_words_for_a_frozen_encoder(trained, t5_folder, tmp_path, capsys):  # noqa: F811
+    run, shape = trained("t5", f"--condition t5 --t5 {t5_folder}"), FLAGS.replace(" --vocab_size 320", "")
+    call(train_prior, f"--vq {run}/vq --condition t5 --t5 {t5_folder} {shape} --out {tmp_path / 'x'} --dry_run")
+    said = float(re.search(r"([\d.]+) M parameters", capsys.readouterr().out.splitlines()[-1])[1])
+    assert abs(said - n_params(Pipeline(run).model) / 1e6) < 0.0051
 
 
 def test_a_frozen_t5_that_is_gone_is_named(trained, t5_folder, tmp_path):  # noqa: F811

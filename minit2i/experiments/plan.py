@@ -23,7 +23,7 @@ from minit2i.checkpoint import load_vq, read_config
 from minit2i.config import Settings, above, at_least, between, pick
 from minit2i.data import parse_size
 from minit2i.flags import add_flags, named, new_parser
-from minit2i.gpt import CONDITIONS, GPT, MODELS, GPTConfig, build_prior, conditions_of, prior_config, with_codes
+from minit2i.gpt import CONDITIONS, GPT, MODELS, GPTConfig, build_prior, prior_config, reads_captions, with_codes
 from minit2i.papers import RECIPES, SIZES
 from minit2i.papers.parti import Encoder
 from minit2i.parallel import blocks
@@ -229,7 +229,7 @@ def planned(argv=None):
     words, n_vocab = model.vocabulary(cfg), settings.get("n_vocab", how.vocab_size)
     if words:
         n_vocab = Text(words, cfg.text_len).n_vocab
-    elif any(condition.reads_captions for condition in conditions_of(cfg)):
+    elif reads_captions(cfg):
         n_vocab = 0
     return replace(cfg, n_vocab=n_vocab), how
 

@@ -37,7 +37,7 @@ from minit2i.data import DataConfig, captions, parse_size, split
 from minit2i.experiments.evaluate import recall, scene_accuracy, seconds_per_image
 from minit2i.experiments.tokenizers import run_script
 from minit2i.flags import add_flags, named, new_parser
-from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, build_prior
+from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, build_prior, reads_captions
 from minit2i.papers import RECIPES
 from minit2i.plot import grid_image, plot, read_log, save_image, smooth
 from minit2i.sample import Pipeline
@@ -113,12 +113,11 @@ def widths(name, cfg):
         vq = fit_width(build_vq, rows, cfg.vq_params)
         own = {"ch": vq["ch"], "n_res": vq["n_res"]}
     height, width = parse_size(cfg.image_size)
-    shape = dict(n_head=N_HEAD, n_codes=vq["n_codes"], n_vocab=cfg.vocab_size)
-    shape |= dict(grid_h=height // vq["stride"], grid_w=width // vq["stride"])
+    shape = dict(n_head=N_HEAD, n_codes=vq["n_codes"], grid_h=height // vq["stride"], grid_w=width // vq["stride"])
     prior = model_settings(RECIPES[name]["prior"], cfg.prior, GPTConfig, MODELS, CONDITIONS) | shape
+    words = {} if reads_captions(pick(GPTConfig, prior)) else {"vocab_size": cfg.vocab_size}
+    prior["n_vocab"] = words.get("vocab_size", 0)
     prior = fit_width(build_prior, [[prior | {"n_embd": n} for n in range(64, 1025, 8)]], cfg.prior_params)
-    reads = any(CONDITIONS[condition].reads_captions for condition in prior["condition"].split(","))
-    words = {} if reads else {"vocab_size": cfg.vocab_size}  # a frozen encoder has a vocabulary of its own
     return own, {"n_embd": prior["n_embd"], "n_head": N_HEAD} | words
 
 
