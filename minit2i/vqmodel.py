@@ -113,6 +113,8 @@ def read_theirs(folder):
         for value in theirs[key] if isinstance(theirs[key], list) else [theirs[key]]:
             if value not in values:
                 raise ValueError(f"{folder} has {key} {value!r}, which is not implemented; known: {values}")
+    if theirs["norm_type"] == "spatial" and theirs["norm_num_groups"] != 32:
+        raise ValueError(f"{folder} has norm_num_groups {theirs['norm_num_groups']} and spatial norms, which have 32")
     n_levels = {len(theirs[key]) for key in ("block_out_channels", "down_block_types", "up_block_types")}
     if len(n_levels) > 1:
         raise ValueError(f"{folder}/config.json: block_out_channels, down_ and up_block_types differ in length")
@@ -226,10 +228,12 @@ def our_config(vq):
         raise ValueError("diffusers' VQModel has a decoder of the encoder's size; this one's was changed")
     if spatial and cfg.z_channels not in (0, cfg.code_dim):
         raise ValueError("diffusers' VQModel of spatial norms has as many z_channels as code_dim; this tokenizer not")
-    groups = {math.gcd(cfg.norm_groups, ch) for ch in chs}
-    if len(groups) > 1 or spatial and any(ch % 32 for ch in chs):
-        rule = "32 groups in a movq's decoder" if spatial else "as many groups in each norm"
-        raise ValueError(f"diffusers' VQModel has {rule}, which channels {chs} do not allow; use a --ch of 32 or more")
+    groups = {math.gcd(cfg.groups, ch) for ch in chs}
+    if len(groups) > 1 or spatial and groups != {32}:
+        rule = "32 groups in each norm of a movq" if spatial else "as many groups in each norm"
+        raise ValueError(
+            f"diffusers' VQModel has {rule}; this tokenizer has {groups}: use --norm_groups or a --ch of 128"
+        )
     return DEFAULTS | {
         "_class_name": "VQModel",
         "down_block_types": [DOWN[attend] for attend in down],

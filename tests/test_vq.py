@@ -1,5 +1,7 @@
 """Tokenizer: nearest code and averages against loops, ranks against one process, shapes, tiles, learning."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -411,7 +413,7 @@ def test_dvae_bottlenecks():
 
 def test_movq_norms_are_modulated_by_the_latents():
     """They start as plain GroupNorm; then positions with equal latents are scaled alike, with others differently."""
-    norm, x = SpatialNorm(8, 4), torch.randn(2, 8, 8, 8)
+    norm, x = SpatialNorm(8, groups=8, code_dim=4), torch.randn(2, 8, 8, 8)
     z = torch.randn(2, 4, 2, 2)
     plain = F.group_norm(x, 8)
     assert torch.allclose(norm(x, z), plain, atol=1e-4)
@@ -462,7 +464,7 @@ def test_vqgan_attention_stands_where_it_is_asked_for():
     assert count(attention="1,2,mid") == [5, 7] and count(attention="none") == [0, 0]
     assert count(decoder_attention="none") == [3, 0] and count(backbone="movq", attention="2") == [2, 3]
     assert count(backbone="dvae", decoder="vqgan", decoder_attention="mid") == [0, 1]
-    block, x = SelfAttention(6, Norm), torch.randn(1, 6, 2, 3)
+    block, x = SelfAttention(6, partial(Norm, groups=6)), torch.randn(1, 6, 2, 3)
     q, k, v = (layer(block.norm(x, None).flatten(2).mT)[0] for layer in (block.q, block.k, block.v))  # (6, 6) each
     mixed = torch.stack([sum(w * v[j] for j, w in enumerate((q[i] @ k.T / 6**0.5).softmax(0))) for i in range(6)])
     assert torch.allclose(block(x, None), x + block.out(mixed).T.view(1, 6, 2, 3), atol=1e-5)
@@ -476,9 +478,22 @@ def test_vqgan_channels_per_resolution():
     assert last[2].in_channels == 4 and last[0].num_groups == 2 and last[0].eps == 1e-6
 
 
+@pytest.mark.parametrize("backbone", ["vqgan", "movq"])
+def test_vqgan_norms_have_four_channels_a_group_or_more(backbone):
+    """As the paper's at 128 channels.  A group of one channel would map flat images of all colours to the same."""
+    for ch, groups in ((8, 2), (24, 6), (32, 8), (128, 32), (256, 32)):
+        with torch.device("meta"):
+            vq = small(backbone=backbone, ch=ch)
+        assert {m.num_groups for m in vq.modules() if isinstance(m, Norm)} == {groups}
+    vq = small(backbone=backbone, ch=16)
+    norm, z = vq.decoder.layers[-3], torch.zeros(2, vq.cfg.code_dim, 2, 2)
+    flat = torch.randn(2, 16, 1, 1).expand(2, 16, 8, 8)
+    assert (norm(flat, z)[0] - norm(flat, z)[1]).abs().max() > 0.1
+
+
 def test_vqgan_norms_are_precise_in_any_memory_format():
     """torch's GroupNorm over channels_last, which transposed latents have, is off by 4e-4 here."""
-    x, norm = torch.randn(2, 64, 64, 64) * 0.3 + 2, Norm(64)
+    x, norm = torch.randn(2, 64, 64, 64) * 0.3 + 2, Norm(64, 32)
     exact = F.group_norm(x.double(), 32, eps=1e-6).float()
     for y in (x, x.contiguous(memory_format=torch.channels_last)):
         assert (norm(y, None) - exact).abs().max() < 2e-5

@@ -211,8 +211,8 @@ OURS = [
     dict(backbone="vqgan", ch=32, n_res=2),
     dict(backbone="vqgan", ch=8, norm_groups=8, attention="none", quantizer="st", l2_norm=True, z_channels=6),
     dict(backbone="vqgan", ch=8, norm_groups=8, attention="4,mid", decoder_attention="2,8,mid", pixels="0,1"),
-    dict(backbone="vqgan", decoder="movq", ch=32, ch_mult="2,1,3,1"),
-    dict(backbone="movq", ch=32),
+    dict(backbone="vqgan", decoder="movq", ch=32, ch_mult="2,1,3,1", norm_groups=32),
+    dict(backbone="movq", ch=32, norm_groups=32),
 ]
 
 
@@ -241,9 +241,9 @@ def test_a_round_trip_is_exact(settings, tmp_path):
         (dict(backbone="vqgan", decoder_ch=16), "has a decoder of the encoder's size"),
         (dict(backbone="vqgan", decoder_n_res=2), "has a decoder of the encoder's size"),
         (dict(backbone="vqgan", decoder_attention="none"), "has a decoder of the encoder's size"),
-        (dict(backbone="vqgan"), r"as many groups in each norm, which channels \(8, 8, 16, 16\) do not allow"),
-        (dict(backbone="movq", ch=16, norm_groups=8), "32 groups in a movq's decoder"),
-        (dict(backbone="movq", ch=32, z_channels=5), "as many z_channels as code_dim"),
+        (dict(backbone="vqgan", norm_groups=16), r"as many groups in each norm; this tokenizer has \{8, 16\}"),
+        (dict(backbone="movq", ch=16), r"32 groups in each norm of a movq; this tokenizer has \{4\}"),
+        (dict(backbone="movq", ch=32, norm_groups=32, z_channels=5), "as many z_channels as code_dim"),
     ],
 )
 def test_what_a_vqmodel_cannot_be_is_not_written(settings, message, tmp_path):
@@ -254,7 +254,7 @@ def test_what_a_vqmodel_cannot_be_is_not_written(settings, message, tmp_path):
 
 
 def test_export_converts_both_ways(tmp_path, capsys):
-    ours = make_vq(tmp_path / "ours", backbone="movq", ch=32)
+    ours = make_vq(tmp_path / "ours", backbone="movq", ch=32, norm_groups=32)
     call(export, f"--model {ours} --layout diffusers --out {tmp_path / 'theirs'}")
     assert "its pixels are in -1,1" in capsys.readouterr().out
     with pytest.raises(ValueError, match="give --vq_range"):

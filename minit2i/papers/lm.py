@@ -62,8 +62,8 @@ class SpatialNorm(Norm):
     x's size; z is the latent that post_quant_conv has not seen yet.  It starts as plain GroupNorm: phi 1, psi 0.
     """
 
-    def __init__(self, ch, code_dim):
-        super().__init__(ch)
+    def __init__(self, ch, groups, code_dim):
+        super().__init__(ch, groups)
         self.conv_y, self.conv_b = nn.Conv2d(code_dim, ch, 1), nn.Conv2d(code_dim, ch, 1)
         for conv, start in ((self.conv_y, 1.0), (self.conv_b, 0.0)):
             nn.init.zeros_(conv.weight), nn.init.constant_(conv.bias, start)
@@ -77,7 +77,7 @@ class MoVQDecoder(VQGANDecoder):
     """VQGAN's decoder with every norm modulated by the latents: (B, width, h, w) -> (B, maps, H, W)."""
 
     def __init__(self, cfg, width):
-        super().__init__(cfg, width, norm=partial(SpatialNorm, code_dim=width))
+        super().__init__(cfg, width, norm=partial(SpatialNorm, groups=cfg.groups, code_dim=width))
 
 
 BACKBONES["movq"] = Backbone(VQGANEncoder, MoVQDecoder, VQGANConfig)

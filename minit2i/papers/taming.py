@@ -68,7 +68,7 @@ class VQGANConfig(Settings):
     decoder_attention: Annotated[str, "the decoder's; empty: --attention", RARE] = ""
     ch_mult: Annotated[str, "channels at strides 1, 2, 4, ... over --ch; empty: 1,1,2,2,4,4", RARE] = ""
     z_channels: Annotated[int, "before quant_conv and after post_quant_conv; 0: --code_dim", RARE, at_least(0)] = 0
-    norm_groups: Annotated[int, "groups of GroupNorm; the movq decoder has 32", RARE, at_least(1)] = 32
+    norm_groups: Annotated[int, "groups of GroupNorm; 0: a quarter of --ch, at most 32", RARE, at_least(0)] = 0
     pixels: str = "-1,1"  # range of the images that the network reads and writes; a published one's may be another
     float32: bool = False  # never in half precision
 
@@ -77,6 +77,15 @@ class VQGANConfig(Settings):
         """(scale, shift) from [-1, 1] to the range of `pixels`."""
         low, high = map(float, self.pixels.split(","))
         return (high - low) / 2, (high + low) / 2
+
+    @property
+    def groups(self):
+        """Groups of each GroupNorm.  At 128 channels 32 as in the paper: four channels each in the narrowest layers.
+
+        So it is in narrower networks, too: a group of one channel loses its mean, and the image its colours (measured
+        on scenes at --ch 16: 16.5 instead of 21.6 dB).
+        """
+        return self.norm_groups or max(1, min(32, self.ch // 4))
 
 
 class Norm(nn.GroupNorm):
@@ -87,7 +96,7 @@ class Norm(nn.GroupNorm):
 
     sees_all = True  # statistics of the whole image
 
-    def __init__(self, ch, groups=32):
+    def __init__(self, ch, groups):
         super().__init__(math.gcd(groups, ch), ch, eps=1e-6)
 
     def forward(self, x, z):
@@ -170,11 +179,7 @@ class VQGANEncoder(nn.Module):
     def __init__(self, cfg, width):
         super().__init__()
         self.cfg, (self.levels, self.mid) = cfg, vqgan_levels(cfg, cfg.attention)
-        norm, last, z_channels = (
-            partial(Norm, groups=cfg.norm_groups),
-            self.levels[0][0],
-            cfg.z_channels or cfg.code_dim,
-        )
+        norm, last, z_channels = (partial(Norm, groups=cfg.groups), self.levels[0][0], cfg.z_channels or cfg.code_dim)
         layers = [nn.Conv2d(3, last, 3, padding=1)]
         for i, (ch, attend) in enumerate(self.levels):
             if i:  # padded right and below only, as in the release
@@ -195,7 +200,7 @@ class VQGANDecoder(nn.Module):
     def __init__(self, cfg, width, norm=None):
         super().__init__()
         self.cfg, (self.levels, self.mid) = cfg, vqgan_levels(cfg, cfg.decoder_attention or cfg.attention)
-        norm = norm or partial(Norm, groups=cfg.norm_groups)
+        norm = norm or partial(Norm, groups=cfg.groups)
         last, z_channels = self.levels[-1][0], cfg.z_channels or cfg.code_dim
         layers = [nn.Conv2d(width, z_channels, 1)]  # post_quant_conv
         layers += [nn.Conv2d(z_channels, last, 3, padding=1), *middle(last, norm, self.mid)]
