@@ -14,9 +14,9 @@ from PIL import Image
 
 CHECKOUT = Path(__file__).parent.parent
 DATA = "--data scenes:6000 --image_size 32 --workers 1"
-VQ = "--stride 4 --n_codes 256 --batch_size 16 --steps 600 --warmup 30 --eval_every 300 --perceptual none"
-VQGAN = "--ch 16 --lr 6e-3 --beta1 0.9 --beta2 0.95 --steps 1200"
-VQGAN += " --gan 0.1 --gan_start 900 --gan_ramp 200 --gan_ch 16 --gan_layers 2"
+VQ = "--stride 4 --n_codes 256 --batch_size 16 --warmup 30 --eval_every 300 --perceptual none"
+VQGAN = "--ch 16 --n_res 1 --code_dim 64 --recon l2 --lr 4e-3 --beta1 0.9 --beta2 0.95"
+VQGAN += " --gan 0.1 --gan_ramp 100 --gan_ch 16 --gan_layers 2"
 PRIOR = "--n_layer 4 --n_head 4 --n_embd 128 --text_len 28 --vocab_size 512"
 PRIOR += " --batch_size 16 --steps 1500 --warmup 50 --eval_every 500"
 PROMPTS = (

@@ -6,10 +6,12 @@ import torch
 from minit2i.experiments import peers
 
 
-def test_ratios_are_those_of_the_calls_own_seconds(monkeypatch, capsys):
-    """Each work advances a clock by its own seconds; the warm-up round is left out."""
+@pytest.mark.parametrize("threads, timer", [(1, "process_time"), (2, "perf_counter")])
+def test_ratios_are_those_of_the_calls_own_seconds(threads, timer, monkeypatch, capsys):
+    """Each work advances a clock by its own seconds, CPU seconds with one thread; the warm-up round is left out."""
     clock, calls = [0.0], []
-    monkeypatch.setattr(peers.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(peers.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(peers.time, timer, lambda: clock[0])
 
     def work(name, seconds):
         def f():

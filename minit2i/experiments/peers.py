@@ -12,7 +12,8 @@
 
 Training needs transformers and dalle-pytorch with rotary-embedding-torch.  The three repositories are no packages;
 without --repos they are left out.  Ours and theirs take turns; medians, and the range of the ratio (above 1: ours is
-faster).  Times are CPU seconds of the process, which other programs disturb less than the clock's: use one thread.
+faster).  With one thread times are CPU seconds of the process, which other programs disturb less; with several they are
+the clock's, and nothing else may run.
 Peak memory is that of a separate process, beyond what it held before.  dalle-pytorch's text tokenizers need not be
 installed.
 """
@@ -90,17 +91,22 @@ def chosen(works, only):
     return {k: f for k, f in works.items() if k == "ours" or k in BOUNDS or re.search(only, k)}
 
 
+def seconds():
+    """The time that measures are taken with, see above."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def report(work, name, n, works, rounds, own=1, unit="images", warm=1):
     """Time all works in turn, the first `own` of them ours; print units per second of each pair, n units per call."""
-    seconds = {k: [] for k in works}
+    times = {k: [] for k in works}
     for _ in range(warm + rounds):
         for k, f in works.items():
-            t = time.process_time()
+            t = seconds()
             f()
-            seconds[k].append(time.process_time() - t)
-    seconds = [(k, v[warm:]) for k, v in seconds.items()]
-    for k, ours in seconds[:own]:
-        for other, theirs in seconds[own:]:
+            times[k].append(seconds() - t)
+    times = [(k, v[warm:]) for k, v in times.items()]
+    for k, ours in times[:own]:
+        for other, theirs in times[own:]:
             ratio = [b / a for a, b in zip(ours, theirs)]
             rates = f"{n / statistics.median(ours):.3g} {unit}/s, {other} {n / statistics.median(theirs):.3g}"
             spread = f"{statistics.median(ratio):.2f} times ({min(ratio):.2f} to {max(ratio):.2f})"
@@ -395,7 +401,7 @@ def sampling(cfg, steps=12):
     fast = copy.deepcopy(ours)
     fast.compile_step()
     stamps = []  # of every code
-    in_turn = {"ours": lambda: generate(ours, how, lambda codes: stamps.append(time.process_time()))}
+    in_turn = {"ours": lambda: generate(ours, how, lambda codes: stamps.append(seconds()))}
     in_turn |= {"ours, compiled": lambda: generate(fast, how)} | generate_gpt2(batch, n)
     in_turn |= generate_repos(cfg.repos, batch, n) if cfg.repos else {}
     in_turn |= {"dalle-pytorch": generate_dalle(batch, grid), "weights alone": lambda: weights_alone(ours, 2 * batch)}

@@ -11,6 +11,7 @@ What it adds
                 images larger than its grid, in a sliding window               every_place, sample.py:slide
 
 What differs here
+    Networks narrower than the paper's 128 channels have fewer than 32 groups in each GroupNorm: of four channels, too.
     PatchGAN has GroupNorm for BatchNorm: an image's verdict does not depend on its batch, and N ranks match one.
     The perceptual loss lacks LPIPS's learned channel weights, which torchvision does not have.
     Codes start from k-means and dead ones restart (vq.py); the release starts them uniform in 1/n_codes and has neither.
@@ -455,6 +456,6 @@ if __name__ == "__main__":
         "taming",
         __doc__,
         expect="objects in number and place, without colour, which VQGAN's norms lose in so few steps (lm's MoVQ: not)",
-        vq=VQGAN,
+        vq=VQGAN + " --gan_start 1000 --steps 1200",
         prior="--optimizer muon --lr 3e-3",
     )
