@@ -18,7 +18,7 @@ VQ = "--stride 4 --n_codes 256 --batch_size 16 --warmup 30 --eval_every 300 --pe
 VQGAN = "--ch 16 --n_res 1 --code_dim 64 --recon l2 --lr 4e-3 --beta1 0.9 --beta2 0.95"
 VQGAN += " --gan 0.1 --gan_ramp 100 --gan_ch 16 --gan_layers 2"
 PRIOR = "--n_layer 4 --n_head 4 --n_embd 128 --text_len 28 --vocab_size 512"
-PRIOR += " --batch_size 16 --steps 1500 --warmup 50 --eval_every 500"
+PRIOR += " --batch_size 16 --optimizer muon --lr 3e-3 --steps 2000 --warmup 50 --eval_every 500"
 PROMPTS = (
     "a large red circle",
     "a large green triangle on a black background",

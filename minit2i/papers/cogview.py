@@ -497,6 +497,5 @@ if __name__ == "__main__":
         "cogview",
         __doc__,
         expect="red circles, green triangles on black, cyan stripes, yellow and blue objects: plain VQ-VAEs learn fast",
-        vq="--ch 32 --n_res 1 --lr 2e-3 --steps 2400",
-        prior="--optimizer muon --lr 3e-3",
+        vq="--patchwise --ch 32 --n_res 1 --lr 2e-3 --steps 1800",
     )

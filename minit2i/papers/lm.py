@@ -412,5 +412,4 @@ if __name__ == "__main__":
         __doc__,
         expect="red and yellow objects, cyan shapes, two of two in number; green on black is lost",
         vq=VQGAN + " --gan_start 600 --steps 750",
-        prior="--optimizer muon --lr 3e-3",
     )

@@ -609,6 +609,6 @@ if __name__ == "__main__":
         __doc__,
         expect="blobs of the right colours: a masked prior learns every order, which takes several times the steps",
         vq=VQGAN + " --gan_start 1000 --steps 1200",
-        prior="--optimizer muon --lr 3e-3 --steps 3000",
+        prior="--steps 3000",
         sample="--steps 12 --choice_noise 1",
     )

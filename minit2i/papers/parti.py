@@ -610,5 +610,4 @@ if __name__ == "__main__":
         expect="the right colours, numbers and places, in blocks of a patch; what is dark on black is lost by the ViT",
         vq="--ch 32 --n_res 1 --batch_size 32 --lr 3e-3 --beta2 0.95 --steps 1200 "
         "--gan 0.03 --gan_start 1000 --gan_ramp 100 --gan_ch 16",
-        prior="--optimizer muon --lr 3e-3",
     )

@@ -457,5 +457,4 @@ if __name__ == "__main__":
         __doc__,
         expect="objects in number and place, without colour, which VQGAN's norms lose in so few steps (lm's MoVQ: not)",
         vq=VQGAN + " --gan_start 1000 --steps 1200",
-        prior="--optimizer muon --lr 3e-3",
     )
