@@ -457,4 +457,5 @@ if __name__ == "__main__":
         __doc__,
         expect="objects in number and place, without colour, which VQGAN's norms lose in so few steps (lm's MoVQ: not)",
         vq=VQGAN + " --gan_start 1000 --steps 1200",
+        prior="--steps 3000",
     )
