@@ -29,7 +29,8 @@ Commands
         --vq out/taming-vq --out out/edges
     python sample.py --model out/edges --prompt "" --image wide.png --image_size 64x128 --out edges.png
 
-results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "gan", "spatial-condition"
+results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "norm-groups", "gan",
+    "spatial-condition"
 """
 
 import math
@@ -83,8 +84,8 @@ class VQGANConfig(Settings):
     def groups(self):
         """Groups of each GroupNorm.  At 128 channels 32 as in the paper: four channels each in the narrowest layers.
 
-        So it is in narrower networks, too: a group of one channel loses its mean, and the image its colours (measured
-        on scenes at --ch 16: 16.5 instead of 21.6 dB).
+        So it is in narrower networks, too: a group of one channel loses its mean, and the image its colours (on scenes
+        at --ch 16: 17.0 instead of 21.5 dB, see norm-groups).
         """
         return self.norm_groups or max(1, min(32, self.ch // 4))
 
