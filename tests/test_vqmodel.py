@@ -173,6 +173,7 @@ def test_a_range_for_a_tokenizer_of_ours_is_refused(tmp_path):
         ({"down_block_types": [D, "CrossAttnDownBlock2D", D]}, "has down_block_types 'CrossAttnDownBlock2D'"),
         ({"up_block_types": [U, U, "UpBlock2D"]}, "has up_block_types 'UpBlock2D', which is not implemented"),
         ({"norm_type": "layer"}, "has norm_type 'layer', which is not implemented; known: .'group', 'spatial'."),
+        ({"norm_type": "spatial"}, "has norm_num_groups 4 and spatial norms, which have 32"),
         ({"act_fn": "gelu"}, "has act_fn 'gelu'"),
         ({"in_channels": 4}, "has in_channels 4"),
         ({"block_out_channels": [8, 16]}, "differ in length"),

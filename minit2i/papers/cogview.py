@@ -496,6 +496,6 @@ if __name__ == "__main__":
     demo(
         "cogview",
         __doc__,
-        expect="red circles, green triangles on black, cyan stripes, yellow and blue objects: plain VQ-VAEs learn fast",
+        expect="red circles, green triangles on black, striped cyan squares, yellow and blue: patchwise codes learn fast",
         vq="--patchwise --ch 32 --n_res 1 --lr 2e-3 --steps 1800",
     )

@@ -410,6 +410,6 @@ if __name__ == "__main__":
     demo(
         "lm",
         __doc__,
-        expect="red and yellow objects, cyan shapes, two of two in number; green on black is lost",
+        expect="red circles, cyan outlines, blue squares; green on black is lost",
         vq=VQGAN + " --gan_start 600 --steps 750",
     )

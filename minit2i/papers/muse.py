@@ -607,7 +607,7 @@ if __name__ == "__main__":
     demo(
         "muse",
         __doc__,
-        expect="blobs of the right colours: a masked prior learns every order, which takes several times the steps",
+        expect="the right colours, striped cyan squares, a star; a masked prior learns every order, which takes more steps",
         vq="--backbone vqvae --patchwise --ch 32 --n_res 1 --quantizer ema --recon l2 --discriminator none "
         "--lr 2e-3 --beta1 0.9 --beta2 0.95 --steps 1800",  # VQGAN's codes, which see far, take a masked prior too long
         prior="--steps 3000",

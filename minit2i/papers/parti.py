@@ -607,7 +607,7 @@ if __name__ == "__main__":
     demo(
         "parti",
         __doc__,
-        expect="the right colours, numbers and places, in blocks of a patch; what is dark on black is lost by the ViT",
+        expect="red circles, green triangles, two striped cyan squares, yellow stars and blue squares; some in fragments",
         vq="--ch 32 --n_res 1 --batch_size 32 --lr 3e-3 --beta2 0.95 --steps 1200 "
         "--gan 0.03 --gan_start 1000 --gan_ramp 100 --gan_ch 16",
     )

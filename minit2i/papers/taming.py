@@ -456,7 +456,6 @@ if __name__ == "__main__":
     demo(
         "taming",
         __doc__,
-        expect="objects in number and place, without colour, which VQGAN's norms lose in so few steps (lm's MoVQ: not)",
+        expect="red circles, green, blue and yellow objects, cyan outlines; small shapes are blobs still",
         vq=VQGAN + " --gan_start 1000 --steps 1200",
-        prior="--steps 3000",
     )
