@@ -15,6 +15,7 @@ from PIL import Image
 CHECKOUT = Path(__file__).parent.parent
 DATA = "--data scenes:6000 --image_size 32 --workers 1"
 VQ = "--stride 4 --n_codes 256 --batch_size 16 --warmup 30 --eval_every 300 --perceptual none"
+PATCHWISE = "--patchwise --ch 32 --n_res 1 --lr 2e-3 --steps 1800"  # a code sees its patch only: soon learned
 VQGAN = "--ch 16 --n_res 1 --code_dim 64 --recon l2 --lr 4e-3 --beta1 0.9 --beta2 0.95"
 VQGAN += " --gan 0.1 --gan_ramp 100 --gan_ch 16 --gan_layers 2"
 PRIOR = "--n_layer 4 --n_head 4 --n_embd 128 --text_len 28 --vocab_size 512"

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors.torch import save as tensors_to_bytes
 
 from minit2i.checkpoint import check_free, has_state, load_vq, read_config, read_hf, save_model, write_file
@@ -228,12 +229,11 @@ def our_config(vq):
         raise ValueError("diffusers' VQModel has a decoder of the encoder's size; this one's was changed")
     if spatial and cfg.z_channels not in (0, cfg.code_dim):
         raise ValueError("diffusers' VQModel of spatial norms has as many z_channels as code_dim; this tokenizer not")
-    groups = {math.gcd(cfg.groups, ch) for ch in chs}
-    if len(groups) > 1 or spatial and groups != {32}:
+    groups = sorted({m.num_groups for m in vq.modules() if isinstance(m, nn.GroupNorm)})
+    if len(groups) > 1 or spatial and groups != [32]:
         rule = "32 groups in each norm of a movq" if spatial else "as many groups in each norm"
-        raise ValueError(
-            f"diffusers' VQModel has {rule}; this tokenizer has {groups}: use --norm_groups or a --ch of 128"
-        )
+        has = ", ".join(map(str, groups))
+        raise ValueError(f"diffusers' VQModel has {rule}; this tokenizer has {has}: train one with --ch 128")
     return DEFAULTS | {
         "_class_name": "VQModel",
         "down_block_types": [DOWN[attend] for attend in down],
@@ -242,7 +242,7 @@ def our_config(vq):
         "layers_per_block": cfg.n_res,
         "latent_channels": cfg.z_channels or cfg.code_dim,
         "num_vq_embeddings": cfg.n_codes,
-        "norm_num_groups": min(groups),
+        "norm_num_groups": groups[0],
         "vq_embed_dim": cfg.code_dim,
         "norm_type": "spatial" if spatial else "group",
         "mid_block_add_attention": encoder.mid,

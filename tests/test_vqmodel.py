@@ -242,8 +242,8 @@ def test_a_round_trip_is_exact(settings, tmp_path):
         (dict(backbone="vqgan", decoder_ch=16), "has a decoder of the encoder's size"),
         (dict(backbone="vqgan", decoder_n_res=2), "has a decoder of the encoder's size"),
         (dict(backbone="vqgan", decoder_attention="none"), "has a decoder of the encoder's size"),
-        (dict(backbone="vqgan", norm_groups=16), r"as many groups in each norm; this tokenizer has \{8, 16\}"),
-        (dict(backbone="movq", ch=16), r"32 groups in each norm of a movq; this tokenizer has \{4\}"),
+        (dict(backbone="vqgan", norm_groups=16), r"as many groups in each norm; this tokenizer has 8, 16"),
+        (dict(backbone="movq", ch=16), r"32 groups in each norm of a movq; this tokenizer has 4"),
         (dict(backbone="movq", ch=32, norm_groups=32, z_channels=5), "as many z_channels as code_dim"),
     ],
 )

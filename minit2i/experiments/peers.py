@@ -12,10 +12,9 @@
 
 Training needs transformers and dalle-pytorch with rotary-embedding-torch.  The three repositories are no packages;
 without --repos they are left out.  Ours and theirs take turns; medians, and the range of the ratio (above 1: ours is
-faster).  With one thread times are CPU seconds of the process, which other programs disturb less; with several they are
-the clock's, and nothing else may run.
-Peak memory is that of a separate process, beyond what it held before.  dalle-pytorch's text tokenizers need not be
-installed.
+faster).  With one thread times are CPU seconds of the process, which other programs disturb less than the clock's; with
+several they are the clock's, and nothing else may run.  Peak memory is that of a separate process, beyond what it held
+before.  dalle-pytorch's text tokenizers need not be installed.
 """
 
 import copy
@@ -92,7 +91,7 @@ def chosen(works, only):
 
 
 def seconds():
-    """The time that measures are taken with, see above."""
+    """CPU seconds of this process with one thread, else the clock's."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 

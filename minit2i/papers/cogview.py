@@ -49,7 +49,7 @@ from einops import reduce
 from minit2i.attention import MASKS, causal
 from minit2i.collectives import all_reduce_sum
 from minit2i.config import Settings, at_least
-from minit2i.demo import demo
+from minit2i.demo import PATCHWISE, demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Cache, Condition, Context, Prior, View, join_seen, output_layer
 from minit2i.papers.dalle import LARGE, cosine, gumbel_softmax
 from minit2i.sample import WINDOW_PLANS
@@ -497,5 +497,5 @@ if __name__ == "__main__":
         "cogview",
         __doc__,
         expect="red circles, green triangles on black, striped cyan squares, yellow and blue: patchwise codes learn fast",
-        vq="--patchwise --ch 32 --n_res 1 --lr 2e-3 --steps 1800",
+        vq=PATCHWISE,
     )

@@ -61,7 +61,7 @@ from tqdm import tqdm
 from minit2i.checkpoint import file_hash, load_model, read_config, read_hf
 from minit2i.config import Settings, at_least, between, pick
 from minit2i.data import cached_array
-from minit2i.demo import demo
+from minit2i.demo import PATCHWISE, demo
 from minit2i.gpt import CONDITIONS, GPT, MODELS, Condition, Context, Linear, Prior, View
 from minit2i.gpt import build_prior, views_of, without_text
 from minit2i.papers.dalle import gumbel_noise
@@ -608,8 +608,8 @@ if __name__ == "__main__":
         "muse",
         __doc__,
         expect="the right colours, striped cyan squares, a star; a masked prior learns every order, which takes more steps",
-        vq="--backbone vqvae --patchwise --ch 32 --n_res 1 --quantizer ema --recon l2 --discriminator none "
-        "--lr 2e-3 --beta1 0.9 --beta2 0.95 --steps 1800",  # VQGAN's codes, which see far, take a masked prior too long
+        vq=PATCHWISE  # cogview's tokenizer: a masked prior learns VQGAN's codes too slowly
+        + " --backbone vqvae --quantizer ema --recon l2 --discriminator none --beta1 0.9 --beta2 0.95",
         prior="--steps 3000",
         sample="--steps 12 --choice_noise 1",
     )

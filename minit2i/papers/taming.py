@@ -11,7 +11,7 @@ What it adds
                 images larger than its grid, in a sliding window               every_place, sample.py:slide
 
 What differs here
-    Networks narrower than the paper's 128 channels have fewer than 32 groups in each GroupNorm: of four channels, too.
+    Below the paper's --ch 128 its 32 groups of each GroupNorm become ch/4: no group has fewer than four channels.
     PatchGAN has GroupNorm for BatchNorm: an image's verdict does not depend on its batch, and N ranks match one.
     The perceptual loss lacks LPIPS's learned channel weights, which torchvision does not have.
     Codes start from k-means and dead ones restart (vq.py); the release starts them uniform in 1/n_codes and has neither.
@@ -82,10 +82,11 @@ class VQGANConfig(Settings):
 
     @property
     def groups(self):
-        """Groups of each GroupNorm.  At 128 channels 32 as in the paper: four channels each in the narrowest layers.
+        """Groups of each GroupNorm: the paper's 32 at --ch 128, where its narrowest layers have four channels a group;
+        a quarter of --ch in narrower networks.
 
-        So it is in narrower networks, too: a group of one channel loses its mean, and the image its colours (on scenes
-        at --ch 16: 17.0 instead of 21.5 dB, see norm-groups).
+        With one channel a group the norm would remove each channel's mean over the image, and flat areas would lose
+        their colour (on scenes at --ch 16: 17.0 instead of 21.5 dB, see norm-groups).
         """
         return self.norm_groups or max(1, min(32, self.ch // 4))
 
