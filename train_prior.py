@@ -21,7 +21,7 @@ from minit2i.checkpoint import file_hash, keep_copy, load_model, load_vq, read_c
 from minit2i.collectives import barrier
 from minit2i.config import RARE, Group, above, at_least, between, merge, pick
 from minit2i.data import DataConfig, Skipped, captions, none_usable, parse_size, split, step_batches, without_captions
-from minit2i.flags import describe, parse_flags
+from minit2i.flags import changed_settings, describe, parse_flags
 from minit2i.fp16 import make_scaler
 from minit2i.gpt import CONDITIONS, MODELS, GPTConfig, View, conditions_of, grow_vocabulary, prior_config, views_of
 from minit2i.gpt import reads_captions, with_codes
@@ -250,7 +250,7 @@ def make_model(model, model_cfg, cfg, data):
     model_cfg = replace(model_cfg, n_vocab=data.text.n_vocab)
     if data.vq:
         model_cfg = with_codes(model_cfg, data.vq, data.grid)
-    if cfg.resume and model_cfg != pick(type(model_cfg), read_config(cfg.out)["model"]):
+    if cfg.resume and changed_settings(model_cfg, pick(type(model_cfg), read_config(cfg.out)["model"])):
         raise ValueError(f"--resume cannot change the code grid or the text of {cfg.out}; use another --out")
     prior = model(model_cfg)
     prior.check(cfg.text_weight)

@@ -179,10 +179,15 @@ def check_resumed(given, saved, model):
             raise ValueError(
                 f"--resume cannot change --{name} {given[name]} (the run has {before!r}); leave --{name} out"
             )
-    now, before = vars(model), vars(pick(type(model), saved))
-    changed = [f"--{k} {now[k]} (the run has {before[k]})" for k in now if now[k] != before[k]]
+    before = pick(type(model), saved)
+    changed = [f"--{k} {getattr(model, k)} (the run has {getattr(before, k)})" for k in changed_settings(model, before)]
     if changed:
         raise ValueError(f"--resume cannot change the model: {', '.join(changed)}; use another --out")
+
+
+def changed_settings(model, before):
+    """Names of the settings that differ between two configs of a model; a folder with a hash beside it may have moved."""
+    return [k for k, v in vars(model).items() if v != getattr(before, k) and not hasattr(model, f"{k}_hash")]
 
 
 def check_batch(cfg):

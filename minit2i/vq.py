@@ -562,11 +562,12 @@ class VQ(nn.Module):
         footnote: codes sampled from the encoder's distribution, instead of its argmax, regularise an overparameterised
         prior.
         """
-        found = []
-        for z, seed in zip(self.latents(image), seeds):  # (h, w, C)
-            p = (self.quantizer.logits(z.flatten(0, 1)) / temperature).softmax(1).cpu()  # (N, V)
-            codes = p.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(seed))  # (N, n)
-            found.append(codes.t().reshape(n, *z.shape[:2]))
+        found, places = [], self.grid(*image.shape[-2:])
+        noise = [torch.rand(*places, n, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        for z, u in zip(self.latents(image), torch.stack(noise).to(image.device)):  # (h, w, C), (h, w, n)
+            p = (self.quantizer.logits(z.flatten(0, 1)) / temperature).softmax(1)  # (N, V)
+            codes = torch.searchsorted(p.cumsum(1), u.flatten(0, 1), right=True).clamp(max=p.shape[1] - 1)  # (N, n)
+            found.append(codes.t().reshape(n, *places))
         return torch.stack(found)
 
     @torch.no_grad()

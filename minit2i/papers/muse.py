@@ -489,16 +489,12 @@ class FrozenEncoder(Condition):
 
     @classmethod
     def settle(cls, cfg):
-        if cfg.t5_hash:
-            return cfg
         if not cfg.t5:
             raise ValueError("--condition t5 needs --t5, the folder of a frozen T5 v1.1 encoder or of a prior with one")
-        return replace(
-            cfg,
-            t5=str(Path(cfg.t5).resolve()),
-            t5_width=text_reader(cfg.t5, cfg.text_len)[1],
-            t5_hash=folder_hash(cfg.t5),
-        )
+        cfg = replace(cfg, t5=str(Path(cfg.t5).resolve()))
+        if cfg.t5_hash:
+            return cfg
+        return replace(cfg, t5_width=text_reader(cfg.t5, cfg.text_len)[1], t5_hash=folder_hash(cfg.t5))
 
     @staticmethod
     def reader(cfg, device, dtype=torch.float32):
