@@ -98,14 +98,15 @@ def seconds_per_image(pipe, prompt, cfg, times=3):
 
 
 def reranking(pipe, cfg, judges, n=50):
-    """Accuracy on seen scenes of the best of the first k of cfg.n images, for k = 1, 4, 16, ... up to cfg.n.
+    """Accuracy on held-out scenes of the best of the first k of cfg.n images, for k = 1, 4, 16, ... up to cfg.n.
 
+    Of seen scenes a good prior's first image is right already.
     judges: {name of a score: judge, see sample.score_codes}; n: prompts per category.  Returns {name: {k: accuracy}};
     "any" is how often one of the k images is right, the ceiling of any score.
     """
     right, loss = [], {name: [] for name in judges}
     for category in CATEGORIES:
-        for text, claim, _ in scene_prompts(category, False, n):
+        for text, claim, _ in scene_prompts(category, True, n):
             first = cfg.seed + len(right) * cfg.n
             codes = pipe.sample_codes([text], cfg, seeds=range(first, first + cfg.n))  # (n, h, w)
             right.append([check_scene(to_pil(image), claim, category) for image in pipe.decode(codes)])
