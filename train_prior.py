@@ -54,7 +54,9 @@ class PriorTrainConfig(TrainConfig):
         int, "random codes of each crop, one for each epoch (DALL-E); 0: the most likely code", Group("Data"),
         at_least(0), RARE,
     ] = 0  # fmt: skip
-    code_temperature: Annotated[float, "temperature of those codes' logits", Group("Data"), above(0), RARE] = 1.0
+    code_temperature: Annotated[
+        float, "temperature of those codes' logits: training says how many differ", Group("Data"), above(0), RARE
+    ] = 1.0
     vocab_size: Annotated[
         int, "tokens of the text model, which the first run trains", Group("Data"), between(1, 10**6)
     ] = 2048  # fmt: skip
@@ -188,6 +190,9 @@ def load_images(model, model_cfg, data_cfg, cfg, procs):
     if not val_caches["codes"].ok.any():  # a few images, and the one kept for validation is unusable
         val_source, val, val_caches = source, train, train_caches
     procs.say(str(skipped))
+    if cfg.code_samples > 1:
+        share = train_caches["codes"].differing()
+        procs.say(f"{cfg.code_samples} random grids for each crop; two of them differ in {share:.0%} of their codes")
     cond_drop = cfg.cond_drop if model.drops_captions else 0.0
     train_set = Coded(source, train, train_caches, text, cfg.seed, cfg.bpe_dropout, cond_drop)
     val_set = Coded(val_source, val, val_caches, text)

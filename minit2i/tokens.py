@@ -248,6 +248,11 @@ class CodeCache:
     def __reduce__(self):  # a spawned worker maps the file again instead of receiving a copy
         return CodeCache, (self.folder,)
 
+    def differing(self, n=256):
+        """Share of the codes in which the first two grids of an entry differ, over n entries."""
+        first, second = self.codes[np.flatnonzero(self.ok)[:n], :2].swapaxes(0, 1)
+        return float((first != second).mean())
+
     def __getitem__(self, place):
         """(row, crop) -> codes (N,) long."""
         return torch.from_numpy(self.codes[place].astype(np.int64)).flatten()

@@ -171,6 +171,11 @@ def test_the_cache_holds_several_samples_of_each_crop(damaged, tmp_path, text):
     assert (cache.codes[cache.ok] == expected[..., None, None]).all()
     coded = Coded(source, crops.images.indices, {"codes": cache}, text, seed=0)
     assert {int(coded[p]["codes"][0]) % 8 for p in range(60)} == {0, 1, 2, 3}
+    assert cache.differing() == 1
+    alike = np.array(cache.codes)
+    alike[:, 1, :2] = alike[:, 0, :2]  # two of four rows of codes
+    cache.codes = alike
+    assert cache.differing() == 0.5
 
 
 def test_samples_are_a_pure_function_of_seed_and_position(damaged, text):
