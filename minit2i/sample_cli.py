@@ -55,7 +55,7 @@ def make_parser(settings, saved, add_help=True):
     add("--image_size", help="pixels, N or HEIGHTxWIDTH: larger than the model's images, in a sliding window")
     add("--enlarge", action="append", default=[], help="super-resolution prior; repeat it to enlarge again")
     add("--best_of", type=count, help="images sampled per prompt, of which the best --n are kept")
-    add("--judge", help="captioner or towers that score for --best_of [none: the likelihood of the codes]")
+    add("--judge", help="captioner or towers that score for --best_of [none: likelihood, which prefers what was seen]")
     add("--every", type=count, help="also an animated PNG of the growing images, a frame every so many codes")
     add("--vq", default="", help="decode with this tokenizer: a finetuned or an enlarging decoder of the same codes")
     add("--batch", type=count, default=64, help="images sampled at a time [64]")
