@@ -55,8 +55,9 @@ class PriorTrainConfig(TrainConfig):
         at_least(0), RARE,
     ] = 0  # fmt: skip
     code_temperature: Annotated[
-        float, "temperature of those codes' logits: training says how many differ", Group("Data"), above(0), RARE
-    ] = 1.0
+        float, "temperature of their logits; the log says in how many codes two of them differ", Group("Data"),
+        above(0), RARE,
+    ] = 1.0  # fmt: skip
     vocab_size: Annotated[
         int, "tokens of the text model, which the first run trains", Group("Data"), between(1, 10**6)
     ] = 2048  # fmt: skip
@@ -190,11 +191,11 @@ def load_images(model, model_cfg, data_cfg, cfg, procs):
     if not val_caches["codes"].ok.any():  # a few images, and the one kept for validation is unusable
         val_source, val, val_caches = source, train, train_caches
     procs.say(str(skipped))
+    cond_drop = cfg.cond_drop if model.drops_captions else 0.0
+    train_set = Coded(source, train, train_caches, text, cfg.seed, cfg.bpe_dropout, cond_drop)
     if cfg.code_samples > 1:
         share = train_caches["codes"].differing()
         procs.say(f"{cfg.code_samples} random grids for each crop; two of them differ in {share:.0%} of their codes")
-    cond_drop = cfg.cond_drop if model.drops_captions else 0.0
-    train_set = Coded(source, train, train_caches, text, cfg.seed, cfg.bpe_dropout, cond_drop)
     val_set = Coded(val_source, val, val_caches, text)
     seen = Coded(source, train, train_caches, text)  # training samples without dropout, for the grids
     shown = {

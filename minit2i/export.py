@@ -23,9 +23,7 @@ def without_paths(config):
     for part in ("train", "data"):
         config[part] = {k: v for k, v in config[part].items() if k not in PRIVATE}
     config["data"]["data"] = Path(config["data"].get("data", "")).name
-    folders = {
-        k: Path(v).name for k, v in config["model"].items() if k in ("t5", "llama", "coarse_vq")
-    }  # known by their hash
+    folders = {k: Path(v).name for k, v in config["model"].items() if k in ("t5", "llama", "coarse_vq")}
     config["model"] = config["model"] | folders
     return config
 

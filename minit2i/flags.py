@@ -186,7 +186,8 @@ def check_resumed(given, saved, model):
 
 
 def changed_settings(model, before):
-    """Names of the settings that differ between two configs of a model; a folder with a hash beside it may have moved."""
+    """Names of the settings that differ between two configs of a model, but for a folder that its hash identifies
+    (--t5): it may have moved."""
     return [k for k, v in vars(model).items() if v != getattr(before, k) and not hasattr(model, f"{k}_hash")]
 
 

@@ -249,8 +249,9 @@ class CodeCache:
         return CodeCache, (self.folder,)
 
     def differing(self, n=256):
-        """Share of the codes in which the first two grids of an entry differ, over n entries."""
-        first, second = self.codes[np.flatnonzero(self.ok)[:n], :2].swapaxes(0, 1)
+        """Share of the codes in which the first two grids of an entry differ, over about n entries."""
+        rows = np.flatnonzero(self.ok)
+        first, second = self.codes[rows[:: -(-len(rows) // n)], :2].swapaxes(0, 1)
         return float((first != second).mean())
 
     def __getitem__(self, place):

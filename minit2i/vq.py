@@ -206,7 +206,7 @@ def sum_latents(z, codes, n_codes):
 
 
 def sample_indices(weight, n, seed):
-    """Sample n indices of weight (N,) >= 0 with p proportional to it -> (n,), any indices if all weights are 0.
+    """Sample n indices of weight (..., N) >= 0 with p proportional to it -> (..., n), any if all weights are 0.
 
     On a GPU uniform numbers are looked up in the cumulative sum, as the CPU's multinomial does with the same numbers,
     so that the process does not wait for the GPU.
@@ -215,15 +215,14 @@ def sample_indices(weight, n, seed):
     if not weight.is_cuda:
         weight = weight.cpu()
         return (weight if weight.any() else weight + 1).multinomial(n, replacement=True, generator=generator)
-    return inverse_cdf(
-        weight, torch.rand(n, dtype=torch.float64, generator=generator).to(weight.device, non_blocking=True)
-    )
+    uniform = torch.rand(*weight.shape[:-1], n, dtype=torch.float64, generator=generator)
+    return inverse_cdf(weight, uniform.to(weight.device, non_blocking=True))
 
 
 def inverse_cdf(weight, uniform):
-    """weight (N,), uniform (n,) in [0, 1), float64 -> (n,): where the cumulative sum reaches that share of the sum."""
-    total = weight.double().cumsum(0)
-    return torch.searchsorted(total, uniform * total[-1]).clamp_max(len(weight) - 1)
+    """weight (..., N), uniform (..., n) in [0, 1), float64 -> (..., n): where the cumulative sum reaches that share."""
+    total = weight.double().cumsum(-1)
+    return torch.searchsorted(total, uniform * total[..., -1:]).clamp_max(weight.shape[-1] - 1)
 
 
 def sample_latents(z, codes, valid, codebook, n, seed):
@@ -562,12 +561,10 @@ class VQ(nn.Module):
         footnote: codes sampled from the encoder's distribution, instead of its argmax, regularise an overparameterised
         prior.
         """
-        found, places = [], self.grid(*image.shape[-2:])
-        noise = [torch.rand(*places, n, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        for z, u in zip(self.latents(image), torch.stack(noise).to(image.device)):  # (h, w, C), (h, w, n)
+        found = []
+        for z, seed in zip(self.latents(image), seeds):  # (h, w, C)
             p = (self.quantizer.logits(z.flatten(0, 1)) / temperature).softmax(1)  # (N, V)
-            codes = torch.searchsorted(p.cumsum(1), u.flatten(0, 1), right=True).clamp(max=p.shape[1] - 1)  # (N, n)
-            found.append(codes.t().reshape(n, *places))
+            found.append(sample_indices(p, n, seed).t().reshape(n, *z.shape[:2]))
         return torch.stack(found)
 
     @torch.no_grad()

@@ -270,10 +270,11 @@ def test_kmeans_initialisation_uses_every_code():
     assert error(quantizer) < 0.5 * z.var(0).sum() < error(random)
 
 
-def test_a_gpu_samples_the_indices_that_a_cpu_samples():
-    weight, found = torch.rand(300, dtype=torch.float64).square() * (torch.rand(300) < 0.7), []
+@pytest.mark.parametrize("rows", [(), (4,)])
+def test_a_gpu_samples_the_indices_that_a_cpu_samples(rows):
+    weight, found = torch.rand(*rows, 300, dtype=torch.float64).square() * (torch.rand(300) < 0.7), []
     for seed in range(3):
-        uniform = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        uniform = torch.rand(*rows, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         found.append((inverse_cdf(weight, uniform), sample_indices(weight, 500, seed)))
     assert all(a.equal(b) for a, b in found) and not found[0][0].equal(found[1][0])
     assert inverse_cdf(torch.tensor([0.0, 0.0, 2.0, 0.0, 2.0]), torch.tensor([0.3, 0.6]).double()).tolist() == [2, 4]

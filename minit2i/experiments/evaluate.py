@@ -394,7 +394,7 @@ FLAGS = {  # command -> flag -> (default, help)
 PRIOR_COMMANDS = {
     "scenes": (scenes_command, "a prior's accuracy on generated scenes, by category"),
     "recall": (recall_command, "how often the image sampled for a caption is nearest to the caption's own image"),
-    "rerank": (rerank_command, "what choosing the best of --n images of a scene gains, by score"),
+    "rerank": (rerank_command, "what choosing the best of --n images of a held-out scene gains, by score"),
     "captions": (captions_command, "how often what a captioner says of a scene is true"),
     "enlarge": (enlarge_command, "PSNR and sharpness of a prior with --condition coarse, beside bicubic interpolation"),
 }

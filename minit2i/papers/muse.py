@@ -501,7 +501,7 @@ class FrozenEncoder(Condition):
         if not Path(cfg.t5, "config.json").exists() or folder_hash(cfg.t5) != cfg.t5_hash:
             raise ValueError(
                 f"this prior reads its captions with the text encoder {cfg.t5_hash}, which is not in {cfg.t5}; put it "
-                "there, or name its folder under t5 in config.json"
+                "there, or name its folder under t5 in config.json (to go on training: with --t5)"
             )
         return text_reader(cfg.t5, cfg.text_len)[0](cfg.t5, cfg.text_len, device, dtype)
 
