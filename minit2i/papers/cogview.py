@@ -34,7 +34,7 @@ Commands
     python sample.py --model out/cogview --prompt "a red circle" --best_of 16 --judge out/capt --enlarge out/larger
 
 results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "figure-2", "super-resolution",
-    "captioner", "float16"
+    "captioner", "rerank", "float16"
 """
 
 from dataclasses import dataclass, replace

@@ -37,7 +37,7 @@ Commands
     python sample.py --model out/dalle --prompt "a red circle" --out dalle.png
 
 results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "kl-weight", "emoji", "sparse-masks",
-    "float16", "hidden-pads", "quantizers"
+    "float16", "hidden-pads", "quantizers", "claims"
 """
 
 import math

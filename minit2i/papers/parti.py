@@ -34,7 +34,7 @@ Commands
     python sample.py --model out/parti --vq out/x2 --prompt "a red circle" --best_of 16 --judge out/towers
 
 results: minit2i/experiments/README.md, "priors", "six-tokenizers", "six-systems", "text-positions", "encoder",
-    "decoders", "adversarial"
+    "decoders", "adversarial", "rerank", "claims"
 """
 
 import math
