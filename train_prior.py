@@ -55,8 +55,8 @@ class PriorTrainConfig(TrainConfig):
         at_least(0), RARE,
     ] = 0  # fmt: skip
     code_temperature: Annotated[
-        float, "temperature of their logits; the log says in how many codes two of them differ", Group("Data"),
-        above(0), RARE,
+        float, "temperature of the random codes' logits; the log says in how many codes two grids differ",
+        Group("Data"), above(0), RARE,
     ] = 1.0  # fmt: skip
     vocab_size: Annotated[
         int, "tokens of the text model, which the first run trains", Group("Data"), between(1, 10**6)
