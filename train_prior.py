@@ -405,7 +405,8 @@ def main():
     if cfg.resume:
         meta = load_state(cfg.out, learners, ema)
         start, n_cut = meta["step"], meta["n_cut"] if procs.main else 0
-    config = {"kind": "prior", "model": asdict(model.cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
+    config = read_config(cfg.out) if cfg.resume else {}  # what was added to it by hand, as "sampling", stays
+    config |= {"kind": "prior", "model": asdict(model.cfg), "data": asdict(data_cfg), "train": asdict(cfg)}
     procs.say(
         f"{len(data.train_set)} training and {len(data.val_set)} validation samples; {data.text.n_vocab} text tokens; "
         f"{model.layout.n_prefix}+{model.cfg.n_image} positions; {n_params(model) / 1e6:.2f} M parameters; {procs}; "

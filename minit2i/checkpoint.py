@@ -1,7 +1,8 @@
 """Checkpoints: a folder with a model that is ready to use.
 
 config.json says what the model is and how it was trained: {"kind": "vq" or "prior", "model": {...}, "data": {...},
-"train": {...}, "step": n}; model.safetensors holds its weights.  What only resuming needs stands in state/ (resume.py).
+"train": {...}, "step": n}, and in a prior's, if somebody adds it, "sampling": {...}, its defaults of sample.py.
+model.safetensors holds the weights.  What only resuming needs stands in state/ (resume.py).
 Files are written atomically, and reading one cannot run code: no pickle is loaded.
 """
 

@@ -322,3 +322,10 @@ def test_a_frozen_t5_is_resumed_by_a_relative_path_or_a_new_one(trained, t5_fold
     monkeypatch.chdir(tmp_path)
     call(train_prior, f"--out {run} --resume --t5 moved --steps 3")
     assert (read_config(run)["step"], read_config(run)["model"]["t5"]) == (3, str(tmp_path / "moved"))
+
+
+def test_resuming_keeps_the_sampling_defaults_of_a_checkpoint(trained, tmp_path):
+    run = shutil.copytree(trained("gpt", ""), tmp_path / "run")
+    (run / "config.json").write_text(json.dumps(read_config(run) | {"sampling": {"temperature": 0.4}}))
+    call(train_prior, f"--out {run} --resume --steps 3")
+    assert read_config(run)["step"] == 3 and Pipeline(run).sampling.temperature == 0.4
